@@ -1,0 +1,61 @@
+"""The registered build functions: they build what the original config builds, then convert it in place."""
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from torch import nn
+
+from ..errors import QuantizationError
+from ..registry import MODELS
+from .convert import ConversionReport, convert, convert_layers, layers_with_products
+from .recipe import Recipe
+from .spec import Site, find_spec
+
+
+@MODELS.register_module()
+def QuantBackbone(backbone: dict[str, Any], recipe: dict[str, Any]) -> nn.Module:  # noqa: N802
+    """Builds a backbone and makes it quantizable.
+
+    Args:
+        backbone: The config of the float backbone.
+        recipe: See :class:`mmptq.backbones.Recipe`.
+
+    Returns:
+        The backbone itself, float until calibrated, with a :class:`ConversionReport` as its attribute ``quantization``.
+
+    Raises:
+        QuantizationError: If the backbone has no BackboneSpec, or the recipe is wrong.
+    """
+    checked = Recipe.from_dict(recipe)
+    built = MMENGINE_MODELS.build(backbone)
+    built.quantization = convert(built, find_spec(built), checked)
+    return built
+
+
+@MODELS.register_module()
+def QuantModel(model: dict[str, Any], recipe: dict[str, Any]) -> nn.Module:  # noqa: N802
+    """Builds a whole detector or segmentor and makes its backbone, neck and heads quantizable.
+
+    Args:
+        model: The config of the float model.
+        recipe: See :class:`mmptq.backbones.Recipe`.
+
+    Returns:
+        The model itself, float until calibrated, with a :class:`ConversionReport` as its attribute ``quantization``.
+
+    Raises:
+        QuantizationError: If the model has no backbone that we know, or the recipe is wrong.
+    """
+    checked = Recipe.from_dict(recipe)
+    built = MMENGINE_MODELS.build(model)
+    if not isinstance(getattr(built, 'backbone', None), nn.Module):
+        raise QuantizationError(f'{type(built).__name__} has no backbone')
+    backbone = convert(built.backbone, find_spec(built.backbone), checked)
+    sites: dict[str, Site | None] = {
+        name: 'linear' if isinstance(layer, nn.Linear) else 'conv'
+        for name, layer in layers_with_products(built).items() if not name.startswith('backbone.')
+    }
+    skipped = {f'backbone.{name}': reason for name, reason in backbone.skipped.items()} | convert_layers(built, sites, checked)
+    built.quantization = ConversionReport(checked, 'model', tuple(f'backbone.{name}' for name in backbone.blocks), skipped)
+    return built

@@ -1,0 +1,102 @@
+"""Converts a built backbone in place: module and parameter names stay, so any checkpoint of the float one loads."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..errors import QuantizationError
+from ..layers import QuantConv2d, QuantLinear, QuantOp, SelfAttention, extend_attention
+from .recipe import Recipe
+from .spec import BackboneSpec, Site, matches
+
+# Subclasses of nn.Linear and nn.Conv2d that compute just what these do.
+_PLAIN = {'torch.nn.modules.linear.Linear', 'torch.nn.modules.linear.NonDynamicallyQuantizableLinear', 'torch.nn.modules.conv.Conv2d',
+          'mmcv.cnn.bricks.wrappers.Linear', 'mmcv.cnn.bricks.wrappers.Conv2d'}
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        recipe: The recipe.
+        scope: ``backbone`` or ``model``.
+        blocks: Names of the calibration units below the converted module, in forward order.
+        skipped: Layers that stay float, with the reason.
+    """
+
+    recipe: Recipe
+    scope: str
+    blocks: tuple[str, ...]
+    skipped: dict[str, str]
+
+
+def layers_with_products(module: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers, convolutions and opaque attentions, by name: what a quantized model must account for."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        inside = any(name.startswith(outer + '.') for outer in found)
+        if isinstance(child, (nn.Linear, _ConvNd, nn.MultiheadAttention)) and not inside:
+            found[name] = child
+    return found
+
+
+def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> ConversionReport:
+    """Replaces the layers and attention products that a spec names by quantized operations; all are float until calibrated.
+
+    Raises:
+        QuantizationError: If the backbone has none of the spec's blocks or attentions.
+    """
+    blocks = tuple(spec.block_names(backbone))
+    attentions = [name for name, _ in backbone.named_modules() if matches(name, spec.attentions)]
+    if not attentions:
+        raise QuantizationError(f'{type(backbone).__name__} has no attention named like {", ".join(spec.attentions)}')
+    for name in attentions:
+        attention = backbone.get_submodule(name)
+        if isinstance(attention, nn.MultiheadAttention):
+            attention = SelfAttention.from_float(attention)
+            _replace(backbone, name, attention)
+        qk, pv = extend_attention(attention)
+        recipe.equip(qk, {'left': 'query', 'right': 'key'})
+        recipe.equip(pv, {'left': 'post_softmax', 'right': 'value'})
+    skipped = convert_layers(backbone, {name: spec.site(name) for name in layers_with_products(backbone)}, recipe)
+    return ConversionReport(recipe, 'backbone', blocks, skipped)
+
+
+def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Recipe) -> dict[str, str]:
+    """Replaces Linear and Conv2d layers by quantized ones.
+
+    Args:
+        module: Where the layers are.
+        sites: By layer: the site of its input, or None to leave it float.
+        recipe: Gives the quantizers.
+
+    Returns:
+        The layers that stay float, with the reason.
+    """
+    skipped = {}
+    for name, site in sites.items():
+        layer = module.get_submodule(name)
+        cls = f'{type(layer).__module__}.{type(layer).__name__}'
+        op: QuantOp
+        if site is None:
+            skipped[name] = 'its BackboneSpec names no site for it'
+            continue
+        if cls not in _PLAIN:
+            skipped[name] = f'{type(layer).__name__} has no quantized form'
+            continue
+        if isinstance(layer, nn.Linear):
+            op = QuantLinear.from_float(layer)
+        else:
+            assert isinstance(layer, nn.Conv2d)
+            op = QuantConv2d.from_float(layer)
+        recipe.equip(op, {'input': site, 'weight': 'weight'})
+        _replace(module, name, op)
+    return skipped
+
+
+def _replace(root: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition('.')
+    setattr(root.get_submodule(parent), child, new)

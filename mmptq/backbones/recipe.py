@@ -1,0 +1,104 @@
+"""A recipe: which quantizer at which site, at how many bits, with parameters chosen by which method."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mmengine.registry import Registry
+
+from ..errors import QuantizationError
+from ..layers import QuantOp
+from ..methods import Method
+from ..quantizers import Quantizer
+from ..registry import METHODS, QUANTIZERS
+from .spec import SITES
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits of weights, of activations, and of attention probabilities (as activations if not given)."""
+
+    weight: int
+    activation: int
+    softmax: int
+
+    def at(self, site: str) -> int:
+        """The bits of a site."""
+        return self.weight if site == 'weight' else self.softmax if site == 'post_softmax' else self.activation
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a quantized model but the data.
+
+    Attributes:
+        name: As it appears in reports.
+        bits: The bits, where a site's quantizer does not fix its own.
+        quantizers: By site: ``type`` and options of a quantizer; ``per_channel`` or ``per_head`` sets its granularity.
+        method: ``type`` and options of the method.
+    """
+
+    name: str
+    bits: Bits
+    quantizers: dict[str, dict[str, Any]]
+    method: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, recipe: Mapping[str, Any]) -> Recipe:
+        """Checks a recipe as a config has it.
+
+        Raises:
+            QuantizationError: If a key, site, type or number of bits is unknown, naming it.
+        """
+        unknown = set(recipe) - {'name', 'bits', 'quantizers', 'method'}
+        missing = {'bits', 'quantizers', 'method'} - set(recipe)
+        if unknown or missing:
+            raise QuantizationError(f'a recipe has the keys name, bits, quantizers and method; unknown: {sorted(unknown)}, '
+                                    f'missing: {sorted(missing)}')
+        quantizers = {site: dict(cfg) for site, cfg in recipe['quantizers'].items()}
+        if set(quantizers) != set(SITES):
+            raise QuantizationError(f'a recipe names a quantizer for each of the sites {", ".join(SITES)}; unknown: '
+                                    f'{sorted(set(quantizers) - set(SITES))}, missing: {sorted(set(SITES) - set(quantizers))}')
+        bits = dict(recipe['bits'])
+        if not {'weight', 'activation'} <= set(bits) <= {'weight', 'activation', 'softmax'}:
+            raise QuantizationError(f'bits has the keys weight, activation and, optionally, softmax, not {sorted(bits)}')
+        bits.setdefault('softmax', bits['activation'])
+        result = cls(recipe.get('name', 'unnamed'), Bits(**bits), quantizers, dict(recipe['method']))
+        for site in SITES:
+            result.build_quantizer(site, -2)
+        result.build_method()
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as a config has it."""
+        return asdict(self)
+
+    def build_quantizer(self, site: str, weight_axis: int | None) -> Quantizer:
+        """A quantizer for a site; ``weight_axis`` is the axis of output channels where the tensor is a weight."""
+        options = {'bits': self.bits.at(site), **self.quantizers[site]}
+        if options.pop('per_channel', False):
+            options['axis'] = weight_axis
+        if options.pop('per_head', False):
+            options['axis'] = -3
+        return _build(QUANTIZERS, options, f'quantizer of site {site}')
+
+    def build_method(self) -> Method:
+        """The method that chooses the parameters."""
+        return _build(METHODS, dict(self.method), 'method')
+
+    def equip(self, op: QuantOp, sites: dict[str, str]) -> None:
+        """Gives an operation the quantizers of its operands' sites."""
+        axis = getattr(op, 'weight_axis', None)
+        op.set_quantizers(sites, {role: self.build_quantizer(site, axis) for role, site in sites.items()})
+
+
+def _build(registry: Registry, options: dict[str, Any], what: str) -> Any:
+    kind = options.pop('type', None)
+    cls = registry.get(kind) if isinstance(kind, str) else kind
+    if cls is None:
+        raise QuantizationError(f'recipe: {what}: unknown type {kind!r}; known are {", ".join(sorted(registry.module_dict))}')
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise QuantizationError(f'recipe: {what}: {error}') from None

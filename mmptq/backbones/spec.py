@@ -1,0 +1,85 @@
+"""What mmptq must know of a family of backbones, as data."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+from torch import nn
+
+from ..errors import QuantizationError
+
+Site = Literal['weight', 'image', 'post_norm', 'post_attention', 'post_gelu', 'query', 'key', 'post_softmax', 'value', 'conv', 'linear']
+SITES: tuple[str, ...] = get_args(Site)
+"""Where a quantized tensor stands; a recipe gives a quantizer for each."""
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """One family of backbones. Patterns are module names below the backbone in which ``*`` stands for one part.
+
+    Attributes:
+        classes: ``package.ClassName`` of the backbones, subclasses included; package is the top-level one.
+        blocks: Calibration units, registered in the order in which they run.
+        attentions: Modules that compute exactly two products, or ``nn.MultiheadAttention``.
+        sites: What the input of a Linear or Conv2d is, by the layer's name.
+    """
+
+    classes: tuple[str, ...]
+    blocks: tuple[str, ...]
+    attentions: tuple[str, ...]
+    sites: dict[str, Site]
+
+    def block_names(self, backbone: nn.Module) -> list[str]:
+        """Names of the calibration units, in forward order.
+
+        Raises:
+            QuantizationError: If there is none, or one lies within another.
+        """
+        names = [name for name, _ in backbone.named_modules() if matches(name, self.blocks)]
+        if not names:
+            raise QuantizationError(f'{type(backbone).__name__} has no module named like {", ".join(self.blocks)}')
+        for outer in names:
+            for inner in names:
+                if inner.startswith(outer + '.'):
+                    raise QuantizationError(f'{type(backbone).__name__}: block {inner} lies within block {outer}')
+        return names
+
+    def site(self, name: str) -> Site | None:
+        """The site of a layer's input, or None if the spec does not name the layer."""
+        return next((site for pattern, site in self.sites.items() if matches(name, (pattern,))), None)
+
+
+_SPECS: list[BackboneSpec] = []
+
+
+def register_spec(spec: BackboneSpec) -> BackboneSpec:
+    """Makes a family known; a later spec wins over an earlier one for the same class."""
+    _SPECS.insert(0, spec)
+    return spec
+
+
+def known_classes() -> list[str]:
+    """All backbones with a spec, sorted."""
+    return sorted({name for spec in _SPECS for name in spec.classes})
+
+
+def find_spec(backbone: nn.Module) -> BackboneSpec:
+    """The spec of a backbone, by its class or the nearest base class.
+
+    Raises:
+        QuantizationError: If none fits.
+    """
+    for cls in type(backbone).__mro__:
+        qualified = f'{cls.__module__.split(".")[0]}.{cls.__name__}'
+        for spec in _SPECS:
+            if qualified in spec.classes:
+                return spec
+    raise QuantizationError(
+        f'the backbone {type(backbone).__module__}.{type(backbone).__name__} is not known. Known are: {", ".join(known_classes())}. '
+        'To add one, describe it in a mmptq.backbones.BackboneSpec and pass that to register_spec (README, "To add")')
+
+
+def matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a module name fits one of the patterns; ``*`` stands for one part of the name."""
+    return any(name.count('.') == pattern.count('.') and fnmatchcase(name, pattern) for pattern in patterns)

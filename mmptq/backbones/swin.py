@@ -1,0 +1,16 @@
+"""Swin Transformer (Liu et al., ICCV 2021) as mmdet and mmsegmentation write it."""
+from .spec import BackboneSpec, register_spec
+
+SWIN = register_spec(BackboneSpec(
+    classes=('mmdet.SwinTransformer', 'mmseg.SwinTransformer'),
+    blocks=('patch_embed', 'stages.*.blocks.*', 'stages.*.downsample'),
+    attentions=('stages.*.blocks.*.attn.w_msa',),
+    sites={
+        'patch_embed.projection': 'image',
+        'stages.*.blocks.*.attn.w_msa.qkv': 'post_norm',
+        'stages.*.blocks.*.attn.w_msa.proj': 'post_attention',
+        'stages.*.blocks.*.ffn.layers.0.0': 'post_norm',
+        'stages.*.blocks.*.ffn.layers.1': 'post_gelu',
+        'stages.*.downsample.reduction': 'post_norm',
+    },
+))

@@ -1,0 +1,15 @@
+"""Vision Transformer (Dosovitskiy et al., ICLR 2021; DeiT too) as mmsegmentation writes it."""
+from .spec import BackboneSpec, register_spec
+
+VIT = register_spec(BackboneSpec(
+    classes=('mmseg.VisionTransformer',),
+    blocks=('patch_embed', 'layers.*'),
+    attentions=('layers.*.attn.attn',),
+    sites={
+        'patch_embed.projection': 'image',
+        'layers.*.attn.attn.in_proj': 'post_norm',
+        'layers.*.attn.attn.out_proj': 'post_attention',
+        'layers.*.ffn.layers.0.0': 'post_norm',
+        'layers.*.ffn.layers.1': 'post_gelu',
+    },
+))

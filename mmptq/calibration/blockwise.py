@@ -1,0 +1,106 @@
+"""One block after another: capture its calls, let the method choose its parameters, go on with its outputs."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import QuantizationError
+from ..layers import QuantOp
+from .capture import Block, Call, Samples, Stream, operations
+
+if TYPE_CHECKING:
+    from ..methods import Method
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What calibration made of one block.
+
+    Attributes:
+        name: The block.
+        params: The parameters of its quantizers, see :meth:`Block.state`.
+        sqnr_db: By operation: 10 log10 of the power of its float output over the power of its error, on the sample of its
+            activations; None where one of the two is zero.
+    """
+
+    name: str
+    params: dict[str, Tensor]
+    sqnr_db: dict[str, float | None]
+
+
+def calibrate(module: nn.Module, names: list[str], inputs: list[Call], method: Method, seed: int = 0,
+              done: Mapping[str, BlockResult] | None = None, on_calls: Callable[[Block], None] | None = None,
+              on_block: Callable[[BlockResult], None] | None = None) -> list[BlockResult]:
+    """Calibrates the operations in the blocks of a module, in place.
+
+    Args:
+        module: A converted backbone, not calibrated.
+        names: Its blocks, in forward order.
+        inputs: Its calls, one an image.
+        method: Chooses the parameters.
+        seed: Of the samples.
+        done: Results of blocks that an interrupted run calibrated.
+        on_calls: Is shown each block before it is calibrated.
+        on_block: Is shown each block's result.
+
+    Returns:
+        The results, in forward order.
+
+    Raises:
+        QuantizationError: If there are no inputs, or a weight or activation is not finite, naming the layer.
+    """
+    if not inputs:
+        raise QuantizationError('the calibration set is empty')
+    check_weights(module)
+    results = []
+    stream = Stream(module, names, inputs)
+    for number, name in enumerate(names):
+        unit = module.get_submodule(name)
+        block = Block(name, unit, stream.calls(), operations(unit, f'{name}.'), seed + number)
+        if on_calls:
+            on_calls(block)
+        result, outputs = calibrate_block(block, method, (done or {}).get(name))
+        results.append(result)
+        if on_block:
+            on_block(result)
+        stream.advance(outputs)
+    return results
+
+
+def calibrate_block(block: Block, method: Method, done: BlockResult | None = None) -> tuple[BlockResult, list[object]]:
+    """Calibrates one block, or sets what an interrupted run found.
+
+    Returns:
+        The result, and the block's outputs that the next block is to see.
+    """
+    if done:
+        outputs = [] if method.propagate_error else block.run()
+        block.load(done.params)
+        result = done
+    else:
+        outputs = method.calibrate(block)
+        result = BlockResult(block.name, block.state(), {name: sqnr_db(op, block.samples[name]) for name, op in block.ops.items()})
+    return result, block.run() if method.propagate_error else outputs
+
+
+def check_weights(module: nn.Module) -> None:
+    """Raises QuantizationError if a parameter or buffer of the module is not finite, naming it."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if not bool(torch.isfinite(tensor).all()):
+            raise QuantizationError(f'{name} holds values that are NaN or infinite; the checkpoint is broken')
+
+
+@torch.no_grad()
+def sqnr_db(op: QuantOp, samples: Samples) -> float | None:
+    """Signal to quantization noise ratio of an operation's output on samples of its activations, dB."""
+    signal = noise = 0.0
+    for activations in samples:
+        target = op.compute(*op.operands(*activations))
+        signal += float(target.square().sum(dtype=torch.float64))
+        noise += float((op.quantized(*activations) - target).square().sum(dtype=torch.float64))
+    return 10 * math.log10(signal / noise) if signal and noise else None

@@ -1,0 +1,120 @@
+"""The quantizer that all others are: parameters that are absent until calibrated, an encoder and a decoder."""
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]
+
+
+class Quantizer(nn.Module):
+    """Maps a tensor to integer codes and back. Without parameters it is the identity.
+
+    Parameters are buffers, ``None`` until :meth:`set` or a checkpoint provides them, so that there is no other state:
+    a float checkpoint and a quantized one load into the same module. They broadcast against the tensor: shape ``()``
+    when ``axis`` is None, else ``(n, 1, ..., 1)`` with ``n`` at ``axis``.
+
+    Args:
+        bits: Width of a code, 2 to 8.
+        axis: Negative axis of the tensor along which parameters differ (output channels, heads), or None for one set.
+
+    Raises:
+        ValueError: If ``bits`` is not an integer in 2..8, or ``axis`` is not negative.
+    """
+
+    param_names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, bits: int, axis: int | None = None) -> None:
+        super().__init__()
+        if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+            raise ValueError(f'bits must be an integer from 2 to 8, not {bits!r}')
+        if axis is not None and axis >= 0:
+            raise ValueError(f'axis counts from the end and must be negative, not {axis}')
+        self.bits = bits
+        self.axis = axis
+        for name in self.param_names:
+            self.register_buffer(name, None)
+
+    @property
+    def levels(self) -> int:
+        """Number of codes N = 2^bits."""
+        return 2**self.bits
+
+    @property
+    def params(self) -> Params | None:
+        """The parameters by name, or None before calibration."""
+        params = {name: getattr(self, name) for name in self.param_names}
+        return None if any(value is None for value in params.values()) else params
+
+    def set(self, **params: Tensor) -> None:
+        """Sets all parameters; each must be finite.
+
+        Raises:
+            ValueError: If a parameter is missing, unknown or not finite.
+        """
+        if set(params) != set(self.param_names):
+            raise ValueError(f'{type(self).__name__} takes the parameters {self.param_names}, not {tuple(params)}')
+        for name, value in params.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f'{type(self).__name__}: {name} is not finite')
+            setattr(self, name, value.detach().clone())
+
+    def clear(self) -> None:
+        """Forgets the parameters: the quantizer is the identity again."""
+        for name in self.param_names:
+            setattr(self, name, None)
+
+    def encode(self, x: Tensor, **params: Tensor) -> Tensor:
+        """Integer codes of ``x``, int16, the shape of ``x``."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, **params: Tensor) -> Tensor:
+        """The values that the codes stand for, in the dtype of the scale."""
+        raise NotImplementedError
+
+    def fake_quantize(self, x: Tensor, **params: Tensor) -> Tensor:
+        """``decode(encode(x))``, by a faster way where there is one with the same bits."""
+        return self.decode(self.encode(x, **params), **params)
+
+    def range_params(self, low: Tensor, high: Tensor) -> Params:
+        """Parameters that cover ``[low, high]``; both tensors broadcast against the quantized one."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        params = self.params
+        return x if params is None else self.fake_quantize(x, **params)
+
+    def candidates(self, values: Tensor, count: int) -> Params:
+        """A grid of parameters to choose from.
+
+        Args:
+            values: What will be quantized, by group (see :meth:`grouped`).
+            count: Size of the grid, about.
+
+        Returns:
+            Parameters of shape (n, groups).
+        """
+        raise NotImplementedError
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """A tensor as (groups, values): a row for each set of parameters."""
+        return x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
+
+    def ungrouped(self, params: Tensor) -> Tensor:
+        """Parameters (..., groups) in the shape that broadcasts against the quantized tensor."""
+        if self.axis is None:
+            return params.squeeze(-1)
+        return params.view(*params.shape, *[1] * (-self.axis - 1))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A buffer that is None is not in the module's state: make room for what the checkpoint brings.
+        for name in self.param_names:
+            value = state_dict.get(prefix + name)
+            if value is not None and getattr(self, name) is None:
+                setattr(self, name, torch.empty_like(value))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f'bits={self.bits}' + ('' if self.axis is None else f', axis={self.axis}')

@@ -1,0 +1,23 @@
+"""Registries of mmptq. Importing this file is all that ``type='mmptq.X'`` needs in a config, with no custom_imports."""
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+
+from . import methods, quantizers
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmptq', locations=['mmptq.backbones.build'])
+"""``QuantBackbone`` and ``QuantModel``."""
+
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmptq', locations=['mmptq.engine.hook'])
+"""``PTQHook``."""
+
+QUANTIZERS = Registry('quantizer', scope='mmptq')
+"""What a recipe may name for a site."""
+
+METHODS = Registry('method', scope='mmptq')
+"""What a recipe may name as its method."""
+
+for _module in (quantizers.UniformQuantizer, quantizers.AdaLogQuantizer):
+    QUANTIZERS.register_module(module=_module)
+for _method in (methods.MinMax, methods.AdaLog):
+    METHODS.register_module(module=_method)
