@@ -57,5 +57,5 @@ def QuantModel(model: dict[str, Any], recipe: dict[str, Any]) -> nn.Module:  # n
         for name, layer in layers_with_products(built).items() if not name.startswith('backbone.')
     }
     skipped = {f'backbone.{name}': reason for name, reason in backbone.skipped.items()} | convert_layers(built, sites, checked)
-    built.quantization = ConversionReport(checked, 'model', tuple(f'backbone.{name}' for name in backbone.blocks), skipped)
+    built.quantization = ConversionReport(checked, 'model', skipped)
     return built

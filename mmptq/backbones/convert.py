@@ -23,13 +23,11 @@ class ConversionReport:
     Attributes:
         recipe: The recipe.
         scope: ``backbone`` or ``model``.
-        blocks: Names of the calibration units below the converted module, in forward order.
-        skipped: Layers that stay float, with the reason.
+        skipped: Layers of the converted module that stay float, with the reason.
     """
 
     recipe: Recipe
     scope: str
-    blocks: tuple[str, ...]
     skipped: dict[str, str]
 
 
@@ -49,7 +47,7 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
     Raises:
         QuantizationError: If the backbone has none of the spec's blocks or attentions.
     """
-    blocks = tuple(spec.block_names(backbone))
+    spec.block_names(backbone)
     attentions = [name for name, _ in backbone.named_modules() if matches(name, spec.attentions)]
     if not attentions:
         raise QuantizationError(f'{type(backbone).__name__} has no attention named like {", ".join(spec.attentions)}')
@@ -62,7 +60,7 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
         recipe.equip(qk, {'left': 'query', 'right': 'key'})
         recipe.equip(pv, {'left': 'post_softmax', 'right': 'value'})
     skipped = convert_layers(backbone, {name: spec.site(name) for name in layers_with_products(backbone)}, recipe)
-    return ConversionReport(recipe, 'backbone', blocks, skipped)
+    return ConversionReport(recipe, 'backbone', skipped)
 
 
 def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Recipe) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""WHEN it happens in a Runner."""

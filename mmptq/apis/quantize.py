@@ -1,0 +1,156 @@
+"""The whole road: config and checkpoint in; calibrated, evaluated and saved model out."""
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+
+from ..engine.checkpoint import load_checked, load_file, safe_loading
+from ..engine.data import calibration_dataset, load_config
+from ..engine.hook import PTQHook, inner_model, test_result
+from ..errors import QuantizationError
+from .recipes import load_recipe
+from .testing import dump_predictions, draw_predictions, test_time_augmentation
+
+SCOPES = ('backbone', 'model')
+
+
+def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, Any] = 'adalog_w4a4', *, scope: str = 'backbone',
+             work_dir: str | None = None, cfg_options: Mapping[str, Any] | None = None, launcher: str = 'none',
+             calib_images: int = 32, calib_cfg: str | None = None, calib_on_test: bool = False, seed: int = 0,
+             float_eval: bool = True, evaluate: bool = True, resume: bool = False, out: str | None = None, show: bool = False,
+             show_dir: str | None = None, wait_time: float = 2, tta: bool = False) -> dict[str, Any]:
+    """Quantizes a detector or segmentor after training, and says what that costs.
+
+    Args:
+        config: A config of mmdet or mmsegmentation, as a file name, ``package::name`` or object.
+        checkpoint: Its checkpoint, float, or one that this function wrote (then nothing is calibrated).
+        recipe: ``METHOD_wXaY``, a config file that defines ``recipe``, or the recipe itself.
+        scope: ``backbone``, or ``model`` for neck and heads too.
+        work_dir: Where ``quantized.pth``, ``quantized.py`` and ``summary.json`` go; by default
+            ``work_dirs/CONFIG_RECIPE``.
+        cfg_options: Changes of the config, as in OpenMMLab's tools.
+        launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``. Each process calibrates on the same images.
+        calib_images: Calibration images, drawn from the train set.
+        calib_cfg: A config whose train_dataloader is used instead.
+        calib_on_test: Calibrate on evaluation images. A leak.
+        seed: Of the draw of images and tokens.
+        float_eval: Evaluate the float model first.
+        evaluate: Evaluate at all.
+        resume: Go on after the last block that an interrupted run in the same work_dir calibrated.
+        out: Where predictions of the quantized model go: a pickle file, for mmsegmentation a directory.
+        show: Show predictions.
+        show_dir: Where painted predictions go.
+        wait_time: Interval of ``show``, s.
+        tta: Evaluate with test-time augmentation.
+
+    Returns:
+        What ``summary.json`` holds.
+
+    Raises:
+        QuantizationError: If something does not fit; before long work where it can be known.
+    """
+    recipe_cfg = load_recipe(recipe) if isinstance(recipe, str) else dict(recipe)
+    if scope not in SCOPES:
+        raise QuantizationError(f'unknown scope {scope!r}: it is one of {", ".join(SCOPES)}')
+    cfg = load_config(config).copy() if isinstance(config, str) else config.copy()
+    if cfg_options:
+        cfg.merge_from_dict(dict(cfg_options))
+    cfg.launcher = launcher
+    stem = Path(cfg.filename).stem if cfg.filename else 'model'
+    cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', f'{stem}_{recipe_cfg["name"]}')
+    check_writable(Path(cfg.work_dir))
+    cfg.load_from = checkpoint
+    cfg.resume = False
+    loaded = load_file(checkpoint)
+    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(
+        type='mmptq.PTQHook', images=calib_images, seed=seed, on_test=calib_on_test, resume=resume,
+        dataset=calibration_dataset(cfg, calib_cfg, calib_on_test))]
+    with safe_loading():
+        runner = build_runner(cfg, recipe_cfg, scope, out, show, show_dir, wait_time, tta)
+        hook = next(hook for hook in runner.hooks if isinstance(hook, PTQHook))
+        load_checked(inner_model(runner.model), loaded['state_dict'], checkpoint)
+        if float_eval and evaluate:
+            hook.float_result = evaluate_float(cfg, tta)
+        if evaluate:
+            runner.test()
+        else:
+            runner.load_or_resume()
+            hook.before_test(runner)
+    return hook.summary
+
+
+def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Config:
+    """A copy of a config whose backbone, or whole model, is quantizable.
+
+    Raises:
+        QuantizationError: If its model has no backbone.
+    """
+    cfg = cfg.copy()
+    model = cfg.get('model')
+    if not isinstance(model, dict) or 'backbone' not in model:
+        raise QuantizationError('the config defines no model with a backbone')
+    if str(model.backbone.get('type', '')).startswith('mmptq.') or str(model.get('type', '')).startswith('mmptq.'):
+        raise QuantizationError('the config is quantized already; give the original one, or run the test tool of mmdet or mmsegmentation on it')
+    model.pop('pretrained', None)  # the checkpoint has all weights, and a wrapped backbone takes no such argument
+    if scope == 'model':
+        cfg.model = ConfigDict(type='mmptq.QuantModel', model=model, recipe=recipe)
+    else:
+        model.backbone = ConfigDict(type='mmptq.QuantBackbone', backbone=model.backbone, recipe=recipe)
+    return cfg
+
+
+def build_runner(cfg: Config, recipe: Mapping[str, Any], scope: str, out: str | None, show: bool, show_dir: str | None,
+                 wait_time: float, tta: bool) -> Runner:
+    """The Runner that calibrates and evaluates the quantized model."""
+    cfg = quantized_config(cfg, recipe, scope)
+    if show or show_dir:
+        draw_predictions(cfg, show, show_dir, wait_time)
+    if out:
+        dump_predictions(cfg, out)
+    if tta:
+        test_time_augmentation(cfg)
+    return Runner.from_cfg(cfg)
+
+
+class _Evaluation(Hook):
+    """Times an evaluation, with the data pipeline and without the start."""
+
+    def before_test_epoch(self, runner: Runner) -> None:
+        self.started = time.perf_counter()
+
+    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        self.result = test_result(metrics, time.perf_counter() - self.started)
+
+
+def evaluate_float(cfg: Config, tta: bool = False) -> dict[str, Any]:
+    """Metrics and seconds of the float model of a config, unwrapped, with the checkpoint of ``load_from``."""
+    cfg = cfg.copy()
+    cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != 'mmptq.PTQHook']
+    cfg.work_dir = os.path.join(cfg.work_dir, 'float')
+    if tta:
+        test_time_augmentation(cfg)
+    runner = Runner.from_cfg(cfg)
+    evaluation = _Evaluation()
+    runner.register_hook(evaluation)
+    runner.test()
+    return evaluation.result
+
+
+def check_writable(work_dir: Path) -> None:
+    """Raises QuantizationError if results cannot be written to a directory."""
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        probe = work_dir / '.mmptq_probe'
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise QuantizationError(f'work_dir {work_dir} cannot be written to: {error.strerror}; name another one with --work-dir') from None

@@ -1,0 +1,66 @@
+"""Recipes by name, by file, or by method and bits."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from ..backbones import Recipe
+from ..errors import QuantizationError
+
+RECIPES = Path(__file__).parents[1] / '.mim' / 'configs' / '_base_' / 'recipes'
+NAME = re.compile(r'(?P<method>\w+)_w(?P<weight>\d+)a(?P<activation>\d+)')
+
+
+def recipe_names() -> list[str]:
+    """The methods that mmptq comes with a recipe for."""
+    return sorted(path.stem for path in RECIPES.glob('*.py'))
+
+
+def load_recipe(recipe: str) -> dict[str, Any]:
+    """A recipe as a config has it.
+
+    Args:
+        recipe: ``METHOD_wXaY`` (``adalog_w4a4``), or a config file that defines ``recipe``.
+
+    Raises:
+        QuantizationError: If there is none, or it is wrong.
+    """
+    if recipe.endswith('.py'):
+        if not Path(recipe).is_file():
+            raise QuantizationError(f'recipe {recipe} does not exist')
+        return _read(Path(recipe))
+    found = NAME.fullmatch(recipe)
+    if not found or found['method'] not in recipe_names():
+        raise QuantizationError(f'unknown recipe {recipe!r}: name METHOD_wXaY, METHOD one of {", ".join(recipe_names())} and X and Y from '
+                                '2 to 8 (adalog_w4a4), or the path of a config file that defines `recipe`')
+    return recipe_of(found['method'], int(found['weight']), int(found['activation']))
+
+
+def recipe_of(method: str, weight_bits: int, activation_bits: int) -> dict[str, Any]:
+    """The recipe of a method at given bits.
+
+    Raises:
+        QuantizationError: If the method is unknown or bits are not 2 to 8.
+    """
+    if method not in recipe_names():
+        raise QuantizationError(f'unknown method {method!r}: known are {", ".join(recipe_names())}')
+    for what, bits in (('weights', weight_bits), ('activations', activation_bits)):
+        if not 2 <= bits <= 8:
+            raise QuantizationError(f'{bits} bits for {what}: 2 to 8 are possible')
+    name = f'{method}_w{weight_bits}a{activation_bits}'
+    return _read(RECIPES / f'{method}.py', dict(name=name, bits=dict(weight=weight_bits, activation=activation_bits)))
+
+
+def _read(path: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    try:
+        cfg = Config.fromfile(path, use_predefined_variables=False, import_custom_modules=False)
+    except Exception as error:  # a config is a program: it may raise anything
+        raise QuantizationError(f'recipe {path} cannot be read: {type(error).__name__}: {error}') from error
+    if 'recipe' not in cfg:
+        raise QuantizationError(f'{path} does not define `recipe`')
+    if changes:
+        cfg.merge_from_dict({'recipe': changes})
+    return Recipe.from_dict(cfg.recipe.to_dict()).to_dict()

@@ -1,0 +1,76 @@
+"""The command line: ``mmptq quantize``, and what the scripts in tools/ call."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from mmengine.config import DictAction
+from rich.console import Console
+
+from .analysis.summary import result_table
+from .apis import quantize, recipe_names, recipe_of
+from .errors import QuantizationError
+
+
+def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of mmdet's tools/test.py, and those of quantization."""
+    parser.add_argument('config', help='config file of mmdet or mmsegmentation, or package::name')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--work-dir', help='directory for quantized.pth, quantized.py and summary.json')
+    parser.add_argument('--out', help='file (mmsegmentation: directory) for the predictions of the quantized model')
+    parser.add_argument('--show', action='store_true', help='show predictions')
+    parser.add_argument('--show-dir', help='directory for painted predictions')
+    parser.add_argument('--wait-time', type=float, default=2, help='interval of --show, s')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='changes of the config, key=value')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    parser.add_argument('--tta', action='store_true', help='evaluate with test-time augmentation')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+
+    group = parser.add_argument_group('quantization')
+    group.add_argument('--recipe', help='METHOD_wXaY (default: adalog_w4a4), or a config file that defines `recipe`')
+    group.add_argument('--method', help=f'instead of --recipe: one of {", ".join(recipe_names())}')
+    group.add_argument('--w-bits', type=int, help='with --method: bits of weights, 2 to 8 (default: 4)')
+    group.add_argument('--a-bits', type=int, help='with --method: bits of activations, 2 to 8 (default: 4)')
+    group.add_argument('--scope', choices=['backbone', 'model'], default='backbone', help='what is quantized (default: backbone)')
+    group.add_argument('--calib-images', type=int, default=32, help='number of calibration images (default: 32)')
+    group.add_argument('--calib-cfg', help='config file whose train_dataloader has the calibration images')
+    group.add_argument('--calib-on-test', action='store_true', help='calibrate on evaluation images: a leak, logged as one')
+    group.add_argument('--seed', type=int, default=0, help='seed of the calibration images and token samples (default: 0)')
+    group.add_argument('--float-eval', action=argparse.BooleanOptionalAction, default=True, help='evaluate the float model first')
+    group.add_argument('--no-eval', action='store_true', help='calibrate and save only')
+    group.add_argument('--resume', action='store_true', help='go on after the last block that an interrupted run calibrated')
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    """Runs ``mmptq quantize``."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.recipe and args.method:
+        raise QuantizationError('give --recipe, or --method with --w-bits and --a-bits, not both')
+    if not args.method and (args.w_bits is not None or args.a_bits is not None):
+        raise QuantizationError('--w-bits and --a-bits go with --method')
+    recipe = args.recipe or 'adalog_w4a4'
+    if args.method:
+        recipe = recipe_of(args.method, *(4 if bits is None else bits for bits in (args.w_bits, args.a_bits)))
+    summary = quantize(
+        args.config, args.checkpoint, recipe, scope=args.scope, work_dir=args.work_dir, cfg_options=args.cfg_options, launcher=args.launcher,
+        calib_images=args.calib_images, calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, seed=args.seed,
+        float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, out=args.out, show=args.show, show_dir=args.show_dir,
+        wait_time=args.wait_time, tta=args.tta)
+    Console().print(result_table([summary]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code, 2 for what the user can mend."""
+    parser = argparse.ArgumentParser(prog='mmptq', description=__doc__)
+    commands = parser.add_subparsers(dest='command', required=True)
+    command = commands.add_parser('quantize', help='quantize a detector or segmentor, evaluate and save it')
+    add_quantize_arguments(command)
+    args = parser.parse_args(argv)
+    try:
+        run_quantize(args)
+    except QuantizationError as error:
+        print(f'mmptq: error: {error}', file=sys.stderr)
+        return 2
+    return 0
