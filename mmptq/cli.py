@@ -54,8 +54,8 @@ def run_quantize(args: argparse.Namespace) -> None:
     if args.method:
         recipe = recipe_of(args.method, *(4 if bits is None else bits for bits in (args.w_bits, args.a_bits)))
     summary = quantize(
-        args.config, args.checkpoint, recipe, scope=args.scope, work_dir=args.work_dir, cfg_options=args.cfg_options, launcher=args.launcher,
-        calib_images=args.calib_images, calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, seed=args.seed,
+        args.config, args.checkpoint, recipe, scope=args.scope, work_dir=args.work_dir, cfg_options=args.cfg_options,
+        launcher=args.launcher, calib_images=args.calib_images, calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, seed=args.seed,
         float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, out=args.out, show=args.show, show_dir=args.show_dir,
         wait_time=args.wait_time, tta=args.tta)
     Console().print(result_table([summary]))

@@ -1,0 +1,1 @@
+"""What a quantized model is made of and what it costs."""

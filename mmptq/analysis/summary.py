@@ -50,7 +50,7 @@ def model_size(model: nn.Module) -> dict[str, float]:
     saved = 0.0
     for module in model.modules():
         if isinstance(module, QuantOp) and 'weight' in module.roles:
-            weight, quantizer = module.operands(module.weight)[1], module.quantizer('weight')
+            weight, quantizer = module.get_parameter('weight'), module.quantizer('weight')
             channels = 1 if quantizer.axis is None else weight.shape[quantizer.axis]
             saved += weight.numel() * (4 - quantizer.bits / 8) - 5 * channels
     return dict(float_mib=round(total / MIB, 3), quantized_mib=round((total - saved) / MIB, 3))

@@ -12,12 +12,13 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from ..engine.calibration import inner_model
 from ..engine.checkpoint import load_checked, load_file, safe_loading
 from ..engine.data import calibration_dataset, load_config
-from ..engine.hook import PTQHook, inner_model, test_result
+from ..engine.hook import PTQHook, test_result
 from ..errors import QuantizationError
 from .recipes import load_recipe
-from .testing import dump_predictions, draw_predictions, test_time_augmentation
+from .testing import draw_predictions, dump_predictions, test_time_augmentation
 
 SCOPES = ('backbone', 'model')
 
@@ -95,11 +96,11 @@ def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Conf
         QuantizationError: If its model has no backbone.
     """
     cfg = cfg.copy()
-    model = cfg.get('model')
-    if not isinstance(model, dict) or 'backbone' not in model:
+    model: Any = cfg.get('model')
+    if not isinstance(model, ConfigDict) or 'backbone' not in model:
         raise QuantizationError('the config defines no model with a backbone')
     if str(model.backbone.get('type', '')).startswith('mmptq.') or str(model.get('type', '')).startswith('mmptq.'):
-        raise QuantizationError('the config is quantized already; give the original one, or run the test tool of mmdet or mmsegmentation on it')
+        raise QuantizationError('the config is quantized already; give the original one, or use the test tool of mmdet or mmsegmentation')
     model.pop('pretrained', None)  # the checkpoint has all weights, and a wrapped backbone takes no such argument
     if scope == 'model':
         cfg.model = ConfigDict(type='mmptq.QuantModel', model=model, recipe=recipe)

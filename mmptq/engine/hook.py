@@ -1,33 +1,28 @@
 """PTQHook: calibrates in a Runner when the checkpoint is loaded and nothing is evaluated yet."""
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch import nn
 
 from ..analysis.summary import layer_rows, model_size
-from ..backbones import ConversionReport, find_spec
+from ..backbones import ConversionReport
 from ..backbones.convert import layers_with_products
-from ..calibration import Block, BlockResult, Call, calibrate, calibrate_block, check_weights, operations
 from ..errors import QuantizationError
 from ..registry import HOOKS
 from ..version import __version__
 from . import memory
-from .checkpoint import is_calibrated, load_checked, read_file, save_atomically, write_atomically
+from .calibration import calibrate_model, inner_model, quantization
+from .checkpoint import is_calibrated, load_checked, save_atomically, write_atomically
 from .data import CalibrationSet, build_calibration_set, calibration_dataset
-from .progress import BlockProgress
 
 PROGRESS = 'calibration_progress.pth'
-HEADS = 'neck and heads'
 
 
 @HOOKS.register_module()
@@ -84,6 +79,7 @@ class PTQHook(Hook):
         self._write_summary(runner)
 
     def before_test_epoch(self, runner: Runner) -> None:
+        """Starts the clock."""
         self._started = time.perf_counter()
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
@@ -93,16 +89,15 @@ class PTQHook(Hook):
         if is_main_process():
             (Path(runner.work_dir) / PROGRESS).unlink(missing_ok=True)
 
-    def _calibrate(self, runner: Runner, model: nn.Module) -> None:
+    def _calibrate(self, runner: Runner, model: Any) -> None:
         report = quantization(model)
         device = next(model.parameters()).device
         dataset = self.dataset or calibration_dataset(runner.cfg, self.calib_cfg, self.on_test)
         images = build_calibration_set(dataset, self.images, self.seed, runner.test_loop.dataloader.dataset, self.on_test)
         log_images(runner, images, self.images)
-        check_weights(model)
         peak, started = memory.Peak(device), time.perf_counter()
-        model.eval()
-        results = self._run_blocks(runner, model, report, images)
+        progress = Path(runner.work_dir) / PROGRESS
+        results = calibrate_model(model, images, self.seed, runner.logger, progress, self.resume)
         calibration = dict(dataset=type(images.dataset).__name__, split='test' if self.on_test else 'train', images=len(images.paths),
                            seed=self.seed, leak=images.leak, seconds=round(time.perf_counter() - started, 3),
                            peak_memory_mib=round(peak.mib(), 1))
@@ -114,43 +109,7 @@ class PTQHook(Hook):
         if is_main_process():
             self._save(runner, model)
 
-    def _run_blocks(self, runner: Runner, model: nn.Module, report: ConversionReport, images: CalibrationSet) -> list[BlockResult]:
-        method = report.recipe.build_method()
-        path = Path(runner.work_dir) / PROGRESS
-        identity = fingerprint(model, report, images, self.seed)
-        done = load_progress(path, identity) if self.resume else {}
-        if self.resume:
-            runner.logger.info(f'resumed after {len(done)} calibrated blocks' if done else f'nothing to resume: no {PROGRESS}')
-        names = find_spec(model.backbone).block_names(model.backbone)
-        heads = {name: op for name, op in operations(model).items() if not name.startswith('backbone.')}
-        finished: list[BlockResult] = []
-        with BlockProgress(len(names) + bool(heads), runner.logger) as progress:
-            def on_block(result: BlockResult) -> None:
-                finished.append(result)
-                progress.advance(result)
-                if is_main_process():
-                    save_progress(path, identity, finished)
-
-            try:
-                if heads:
-                    calls = [Call((batch,)) for batch in images.batches()]
-                    block = Block(HEADS, model.test_step, calls, heads, self.seed)
-                    progress.start(HEADS)
-                    on_block(calibrate_block(block, method, done.get(HEADS))[0])
-                    del calls, block
-                calibrate(model.backbone, names, backbone_calls(model, images.batches()), method, self.seed, done,
-                          lambda block: (check_memory(block), progress.start(block.name))[-1], on_block)
-            except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-                raise out_of_memory(str(error)) from None
-            except RuntimeError as error:
-                if "can't allocate memory" in str(error):  # torch's CPU allocator has no error of its own
-                    raise out_of_memory(str(error)) from None
-                raise
-        return [BlockResult(result.name, result.params, {
-            name if result.name == HEADS else f'backbone.{name}': value for name, value in result.sqnr_db.items()})
-            for result in finished]
-
-    def _save(self, runner: Runner, model: nn.Module) -> None:
+    def _save(self, runner: Runner, model: Any) -> None:
         work_dir = Path(runner.work_dir)
         meta = {key: value for key, value in (('dataset_meta', self._loaded.get('dataset_meta')),) if value}
         about = {key: value for key, value in self.summary.items() if key not in ('float', 'quantized')}
@@ -170,28 +129,7 @@ def test_result(metrics: Mapping[str, Any] | None, seconds: float) -> dict[str, 
     return dict(metrics={name: float(value) for name, value in (metrics or {}).items()}, seconds=round(seconds, 3))
 
 
-def inner_model(model: nn.Module) -> nn.Module:
-    """The detector or segmentor inside wrappers (distributed, test-time augmentation)."""
-    while not hasattr(model, 'backbone') and hasattr(model, 'module'):
-        model = model.module  # type: ignore[assignment]
-    return model
-
-
-def quantization(model: nn.Module) -> ConversionReport:
-    """How a detector or segmentor was converted.
-
-    Raises:
-        QuantizationError: If it was not.
-    """
-    for module in (model, getattr(model, 'backbone', None)):
-        report = getattr(module, 'quantization', None)
-        if isinstance(report, ConversionReport):
-            return report
-    raise QuantizationError(f'{type(model).__name__} is not quantizable: PTQHook needs a model or backbone of type '
-                            'mmptq.QuantModel or mmptq.QuantBackbone in the config')
-
-
-def skipped_layers(model: nn.Module, report: ConversionReport) -> dict[str, str]:
+def skipped_layers(model: Any, report: ConversionReport) -> dict[str, str]:
     """Every layer of a model that stays float, with the reason."""
     if report.scope == 'model':
         return report.skipped
@@ -204,9 +142,8 @@ def check_recipe(report: ConversionReport, meta: Mapping[str, Any] | None) -> No
     if not meta:
         raise QuantizationError('the checkpoint has parameters of quantizers, but does not say by which recipe it was made')
     if meta['scope'] != report.scope or meta['recipe'] != report.recipe.to_dict():
-        bits = meta['bits']
-        raise QuantizationError(f'the checkpoint was quantized with recipe {meta["recipe"]["name"]}, W{bits["weight"]}A{bits["activation"]}, '
-                                f'scope {meta["scope"]}, and not with the one asked for; use the float checkpoint, or its own recipe')
+        raise QuantizationError(f'the checkpoint was quantized with recipe {meta["recipe"]["name"]}, bits {meta["bits"]}, scope '
+                                f'{meta["scope"]}, and not with the one asked for; use the float checkpoint, or its own recipe')
 
 
 def log_images(runner: Runner, images: CalibrationSet, wanted: int) -> None:
@@ -217,74 +154,3 @@ def log_images(runner: Runner, images: CalibrationSet, wanted: int) -> None:
         runner.logger.warning(f'calibration: {wanted} images were asked for, {name} has only {len(images.paths)}')
     if images.leak:
         runner.logger.warning('leak: the model is calibrated on images that it is evaluated on; its metrics are no fair estimate')
-
-
-class _Stop(Exception):  # noqa: N818  (control flow, not an error)
-    """The backbone's input is known."""
-
-
-@torch.no_grad()
-def backbone_calls(model: nn.Module, batches: Iterable[dict[str, Any]]) -> list[Call]:
-    """What the backbone gets when the model is tested on some batches (of slide inference: every window)."""
-    calls: list[Call] = []
-    windows = (getattr(model, 'test_cfg', None) or {}).get('mode') == 'slide'
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(Call(args, kwargs))
-        if not windows:
-            raise _Stop
-
-    handle = model.backbone.register_forward_pre_hook(before, with_kwargs=True)  # type: ignore[union-attr, operator]
-    try:
-        for batch in batches:
-            try:
-                model.test_step(batch)  # type: ignore[operator]
-            except _Stop:
-                pass
-    finally:
-        handle.remove()
-    return calls
-
-
-def check_memory(block: Block) -> None:
-    """Raises QuantizationError if the outputs of a block's calls would surely not fit into memory."""
-    free = memory.available()
-    needed = sum(call.nbytes for call in block.calls)
-    if free is not None and needed > free:
-        raise out_of_memory(f'block {block.name} needs {needed / memory.MIB:.0f} MiB more, {free / memory.MIB:.0f} MiB are free')
-
-
-def out_of_memory(reason: str) -> QuantizationError:
-    """The error for too little memory."""
-    return QuantizationError(f'too little memory to calibrate: {reason.splitlines()[0]}; use fewer images (--calib-images) or a smaller '
-                             'scale in the test pipeline')
-
-
-def fingerprint(model: nn.Module, report: ConversionReport, images: CalibrationSet, seed: int) -> str:
-    """What a run's progress depends on, as a hash: weights, recipe, scope, images, seed and version."""
-    digest = hashlib.sha256(json.dumps([report.recipe.to_dict(), report.scope, images.paths, seed, __version__]).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def save_progress(path: Path, identity: str, results: list[BlockResult]) -> None:
-    """Writes the results of the blocks calibrated so far."""
-    save_atomically({'identity': identity, 'blocks': [vars(result) for result in results]}, path)
-
-
-def load_progress(path: Path, identity: str) -> dict[str, BlockResult]:
-    """The blocks that an interrupted run calibrated, by name; none if there was no such run.
-
-    Raises:
-        QuantizationError: If that run had other weights, images or settings.
-    """
-    if not path.exists():
-        return {}
-    content = read_file(path)
-    if content.get('identity') != identity:
-        raise QuantizationError(f'{path} is of a run with another checkpoint, recipe, seed or other images; remove it, or do not --resume')
-    return {block['name']: BlockResult(**block) for block in content['blocks']}
-
-

@@ -4,7 +4,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class RouteProducts(TorchFunctionMode):
         return self.route(F.dropout(scores.softmax(-1), dropout_p), value)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _extended(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         mode = RouteProducts(cls.__name__, self.qk, self.pv)  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def extend_attention(attention: nn.Module) -> tuple[QuantMatMul, QuantMatMul]:
         raise QuantizationError(f'{type(attention).__name__} already has an attribute {taken[0]!r}: it cannot be quantized')
     qk, pv = QuantMatMul(), QuantMatMul()
     attention.qk, attention.pv = qk, pv
-    attention.__class__ = _extended(type(attention))
+    attention.__class__ = _extended(type(attention))  # type: ignore[arg-type]
     return qk, pv
 
 

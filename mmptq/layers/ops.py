@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from ..quantizers import Quantizer
 
+
 class QuantOp(nn.Module):
     """An operation whose operands pass through a quantizer each.
 
@@ -139,7 +140,7 @@ class QuantConv2d(QuantOp, nn.Conv2d):
         height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
         # (batch, channels, out_h, out_w, height, width): a view of all receptive fields
         fields = x.unfold(2, height, self.stride[0]).unfold(3, width, self.stride[1])
-        batch, channels, out_h, out_w = fields.shape[:4]
+        batch, _, out_h, out_w = fields.shape[:4]
         index = pick(rows, batch * out_h * out_w, generator, x.device)
         image, place = index // (out_h * out_w), index % (out_h * out_w)
         return (fields[image, :, place // out_w, place % out_w],)  # (rows, channels, height, width)

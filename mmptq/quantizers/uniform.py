@@ -67,5 +67,5 @@ def quantiles(values: Tensor, fractions: tuple[float, ...]) -> Tensor:
     """Quantiles of each row, (fractions, rows). Long rows are thinned evenly, but extremes (0 and 1) are exact."""
     thinned = values[:, ::max(1, values.shape[1] // 2**16)]
     inner = torch.quantile(thinned, torch.tensor(fractions, dtype=values.dtype, device=values.device), dim=1)
-    exact = {0: values.amin(1), 1: values.amax(1)}
+    exact = {0.0: values.amin(1), 1.0: values.amax(1)}
     return torch.stack([exact.get(fraction, row) for fraction, row in zip(fractions, inner, strict=True)])
