@@ -58,7 +58,10 @@ def run_quantize(args: argparse.Namespace) -> None:
         launcher=args.launcher, calib_images=args.calib_images, calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, seed=args.seed,
         float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, out=args.out, show=args.show, show_dir=args.show_dir,
         wait_time=args.wait_time, tta=args.tta)
-    Console().print(result_table([summary]))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    console.print(result_table([summary]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -56,16 +56,17 @@ def model_size(model: nn.Module) -> dict[str, float]:
     return dict(float_mib=round(total / MIB, 3), quantized_mib=round((total - saved) / MIB, 3))
 
 
-def result_table(summaries: list[Mapping[str, Any]]) -> Table:
+def result_table(summaries: list[Mapping[str, Any]], title: str = 'measured') -> Table:
     """Float and quantized results side by side; the float row is the first summary's."""
     first = summaries[0]
-    table = Table(title=f'scope {first["scope"]}, calibrated on {first["calibration"]["images"]} images of '
-                        f'{first["calibration"]["split"]}' + (' (leak)' if first['calibration']['leak'] else ''))
+    calibration = first['calibration']
+    table = Table(title=f'{title}: scope {first["scope"]}, calibrated on {calibration["images"]} images of {calibration["dataset"]} '
+                        f'{calibration["split"]}' + (' (leak)' if calibration['leak'] else ''))
     metrics = _headlines(first['quantized'] or first['float'])
-    for column in ('model', 'bits W/A/softmax', *metrics, 'weights, MiB', 'evaluation, s', 'calibration, s'):
-        table.add_column(column, justify='left' if column == 'model' else 'right')
+    for column in ('recipe', 'W/A/softmax', *metrics, 'size MiB', 'eval s', 'calib s'):
+        table.add_column(column, justify='left' if column == 'recipe' else 'right', no_wrap=True)
     if first['float']:
-        table.add_row('float', '32/32/32', *_values(first['float'], metrics), f'{first["size"]["float_mib"]:.2f}',
+        table.add_row('float', '32 bit', *_values(first['float'], metrics), f'{first["size"]["float_mib"]:.2f}',
                       f'{first["float"]["seconds"]:.1f}', '')
     for summary in summaries:
         bits = summary['bits']

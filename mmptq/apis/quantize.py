@@ -13,9 +13,9 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from ..engine.calibration import inner_model
-from ..engine.checkpoint import load_checked, load_file, safe_loading
+from ..engine.checkpoint import load_file, safe_loading
 from ..engine.data import calibration_dataset, load_config
-from ..engine.hook import PTQHook, test_result
+from ..engine.hook import PTQHook, load_verified, test_result
 from ..errors import QuantizationError
 from .recipes import load_recipe
 from .testing import draw_predictions, dump_predictions, test_time_augmentation
@@ -78,7 +78,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
     with safe_loading():
         runner = build_runner(cfg, recipe_cfg, scope, out, show, show_dir, wait_time, tta)
         hook = next(hook for hook in runner.hooks if isinstance(hook, PTQHook))
-        load_checked(inner_model(runner.model), loaded['state_dict'], checkpoint)
+        load_verified(inner_model(runner.model), loaded, checkpoint)
         if float_eval and evaluate:
             hook.float_result = evaluate_float(cfg, tta)
         if evaluate:

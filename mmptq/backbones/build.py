@@ -12,6 +12,9 @@ from .convert import ConversionReport, convert, convert_layers, layers_with_prod
 from .recipe import Recipe
 from .spec import Site, find_spec
 
+TRAINING_ONLY = ('auxiliary_head.',)
+"""Parts of a segmentor that a test does not run."""
+
 
 @MODELS.register_module()
 def QuantBackbone(backbone: dict[str, Any], recipe: dict[str, Any]) -> nn.Module:  # noqa: N802
@@ -52,10 +55,10 @@ def QuantModel(model: dict[str, Any], recipe: dict[str, Any]) -> nn.Module:  # n
     if not isinstance(getattr(built, 'backbone', None), nn.Module):
         raise QuantizationError(f'{type(built).__name__} has no backbone')
     backbone = convert(built.backbone, find_spec(built.backbone), checked)
-    sites: dict[str, Site | None] = {
-        name: 'linear' if isinstance(layer, nn.Linear) else 'conv'
-        for name, layer in layers_with_products(built).items() if not name.startswith('backbone.')
-    }
+    outside = {name: layer for name, layer in layers_with_products(built).items() if not name.startswith('backbone.')}
+    sites: dict[str, Site | None] = {name: 'linear' if isinstance(layer, nn.Linear) else 'conv' for name, layer in outside.items()
+                                     if not name.startswith(TRAINING_ONLY)}
     skipped = {f'backbone.{name}': reason for name, reason in backbone.skipped.items()} | convert_layers(built, sites, checked)
+    skipped |= {name: 'runs in training only' for name in outside if name not in sites}
     built.quantization = ConversionReport(checked, 'model', skipped)
     return built

@@ -59,13 +59,11 @@ class PTQHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Checks every key, which the Runner does not."""
         model = inner_model(runner.model)
-        surplus = load_checked(model, checkpoint.get('state_dict', checkpoint), str(runner.cfg.get('load_from', 'the checkpoint')))
+        surplus = load_verified(model, checkpoint, str(runner.cfg.get('load_from', 'the checkpoint')))
         if surplus:
             runner.logger.warning(f'the checkpoint has keys that the model does not: {", ".join(surplus)}')
         meta = checkpoint.get('meta') or {}
         self._loaded = {'dataset_meta': meta.get('dataset_meta'), 'mmptq': meta.get('mmptq')}
-        if is_calibrated(model):
-            check_recipe(quantization(model), meta.get('mmptq'))
 
     def before_test(self, runner: Runner) -> None:
         """Calibrates if that is still to be done."""
@@ -137,13 +135,24 @@ def skipped_layers(model: Any, report: ConversionReport) -> dict[str, str]:
     return {f'backbone.{name}': reason for name, reason in report.skipped.items()} | outside
 
 
-def check_recipe(report: ConversionReport, meta: Mapping[str, Any] | None) -> None:
-    """Raises QuantizationError if a calibrated checkpoint was made by another recipe or at another scope."""
-    if not meta:
-        raise QuantizationError('the checkpoint has parameters of quantizers, but does not say by which recipe it was made')
-    if meta['scope'] != report.scope or meta['recipe'] != report.recipe.to_dict():
-        raise QuantizationError(f'the checkpoint was quantized with recipe {meta["recipe"]["name"]}, bits {meta["bits"]}, scope '
-                                f'{meta["scope"]}, and not with the one asked for; use the float checkpoint, or its own recipe')
+def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> list[str]:
+    """Loads a checkpoint into a converted model, float or calibrated by the model's own recipe.
+
+    Returns:
+        Surplus keys, see :func:`load_checked`.
+
+    Raises:
+        QuantizationError: If it was calibrated by another recipe or at another scope, or does not fit.
+    """
+    report = quantization(model)
+    made = (checkpoint.get('meta') or {}).get('mmptq')
+    if made and (made['scope'] != report.scope or made['recipe'] != report.recipe.to_dict()):
+        raise QuantizationError(f'{source} was quantized with recipe {made["recipe"]["name"]}, bits {made["bits"]}, scope {made["scope"]}, '
+                                'and not as asked for; use the float checkpoint, or that recipe and scope')
+    surplus = load_checked(model, checkpoint.get('state_dict', checkpoint), source)
+    if is_calibrated(model) and not made:
+        raise QuantizationError(f'{source} has parameters of quantizers, but does not say by which recipe it was made')
+    return surplus
 
 
 def log_images(runner: Runner, images: CalibrationSet, wanted: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import Params, Quantizer
+from .base import Params, Quantizer, in_chunks
 from .uniform import quantiles
 
 R = 37
@@ -90,6 +90,16 @@ class AdaLogQuantizer(Quantizer):
     def decode(self, codes: Tensor, scale: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
         values = decode_values(scale, q, self.levels, self.strict) - self.shift
         return values.index_select(0, codes.flatten().int()).view(codes.shape)
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
+        values = decode_values(scale, q, self.levels, self.strict) - self.shift
+        zero_code = self.levels - self.strict
+
+        def chain(piece: Tensor, out: Tensor) -> None:
+            codes = encode_adalog(piece + self.shift if self.shift else piece, scale, q, zero_code)
+            out.copy_(values.index_select(0, codes.flatten().int()).view(codes.shape))
+
+        return in_chunks(chain, x)
 
     def range_params(self, low: Tensor, high: Tensor) -> Params:
         """The scale that covers ``high`` unless it is fixed, with base 2 unless that is; nothing below ``-shift`` is covered."""

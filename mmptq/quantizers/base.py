@@ -1,12 +1,30 @@
 """The quantizer that all others are: parameters that are absent until calibrated, an encoder and a decoder."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 Params = dict[str, Tensor]
+
+
+CHUNK = 2**16
+"""Elements that a chain of element-wise operations takes at a time on a CPU: they stay in its cache."""
+
+
+def in_chunks(chain: Callable[[Tensor, Tensor], object], x: Tensor) -> Tensor:
+    """A new tensor that ``chain(piece, out)`` fills, piece by piece; without gradient, since rounding has none."""
+    x = x.detach()
+    out = torch.empty_like(x)
+    if x.ndim == 0 or x.device.type != 'cpu' or x.numel() <= CHUNK:
+        chain(x, out)
+    else:
+        rows = max(1, x.shape[0] * CHUNK // x.numel())
+        for piece, target in zip(x.split(rows), out.split(rows), strict=True):
+            chain(piece, target)
+    return out
 
 
 class Quantizer(nn.Module):

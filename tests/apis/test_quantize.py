@@ -1,0 +1,235 @@
+"""The whole road on the bundled demo: what lands in the work_dir, and that it is what it says."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from mmptq import QuantizationError
+from mmptq.apis import quantize
+from mmptq.engine.checkpoint import safe_loading
+from mmptq.quantizers import Quantizer
+
+from .conftest import FEW, SHARED
+
+
+def stock_test(cfg, checkpoint, work_dir):
+    """What a Runner without a word of mmptq in this file makes of a config and a checkpoint."""
+    cfg.work_dir, cfg.load_from = str(work_dir), str(checkpoint)
+    with safe_loading():
+        runner = Runner.from_cfg(cfg)
+        return runner, runner.test()
+
+
+def test_float_metrics_are_those_of_the_stock_runner(task, quantized, tmp_path):
+    _, summary = quantized
+    cfg = Config.fromfile(task.config)
+    cfg.merge_from_dict(FEW)
+    _, metrics = stock_test(cfg, task.checkpoint, tmp_path)
+    assert summary['float']['metrics'] == {name: float(value) for name, value in metrics.items()}
+    assert summary['float']['seconds'] > 0
+
+
+def test_summary_on_disk_is_the_one_returned_and_complete(task, quantized):
+    work_dir, summary = quantized
+    assert json.loads((work_dir / 'summary.json').read_text()) == summary
+    assert summary['bits'] == dict(weight=4, activation=4, softmax=4)
+    assert summary['scope'] == 'backbone' and summary['method'] == 'MinMax' and summary['recipe']['name'] == 'minmax_w4a4'
+    calibration = summary['calibration']
+    assert calibration['images'] == 3 and calibration['split'] == 'train' and calibration['seed'] == 0 and calibration['leak'] is False
+    assert calibration['seconds'] > 0 and calibration['peak_memory_mib'] > 0
+    assert task.headline in summary['quantized']['metrics'] and summary['quantized']['seconds'] > 0
+    assert summary['size']['quantized_mib'] < summary['size']['float_mib']
+    assert not (work_dir / 'calibration_progress.pth').exists()
+
+
+def test_every_layer_has_a_row_with_its_quantizer_or_its_reason(task, quantized):
+    work_dir, summary = quantized
+    with safe_loading():
+        model = Runner.from_cfg(Config.fromfile(work_dir / 'quantized.py')).model
+    layers = {name for name, module in model.named_modules()
+              if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))}
+    rows = {row['name']: row for row in summary['layers']}
+    products = {name for name, row in rows.items() if row['kind'] == 'matmul'}
+    assert set(rows) == layers | products
+    for name, row in rows.items():
+        if name.startswith('backbone.'):
+            assert row['reason'] is None and row['sqnr_db'] > 0 and row['site']
+            assert set(row['bits'].values()) <= {4, 8} and set(row['quantizer'].values()) == {'UniformQuantizer'}
+        else:
+            assert row['reason'] == 'outside of scope backbone' and row['bits'] is None
+    assert rows['backbone.patch_embed.projection']['bits'] == dict(input=8, weight=4)
+    depth = sum(model.backbone.stages[i].blocks.__len__() for i in range(4))
+    assert len(products) == 2 * depth
+
+
+def test_reloaded_model_is_equal_to_the_last_bit_and_does_not_calibrate(task, quantized, tmp_path, caplog):
+    work_dir, summary = quantized
+    runner, metrics = stock_test(Config.fromfile(work_dir / 'quantized.py'), work_dir / 'quantized.pth', tmp_path)
+    assert {name: float(value) for name, value in metrics.items()} == summary['quantized']['metrics']
+    again = json.loads((tmp_path / 'summary.json').read_text())
+    assert again['calibration'] == summary['calibration'] and again['layers'] == summary['layers']
+    state = torch.load(work_dir / 'quantized.pth', weights_only=True)['state_dict']
+    loaded = runner.model.state_dict()
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+    x = torch.randn(1, 3, 75, 110)
+    runner.model.eval()
+    first = [f.clone() for f in runner.model.backbone(x)]
+    assert all(torch.equal(a, b) for a, b in zip(first, runner.model.backbone(x), strict=True))
+    for module in runner.model.modules():
+        if isinstance(module, Quantizer):
+            module.clear()
+    assert not all(torch.equal(a, b) for a, b in zip(first, runner.model.backbone(x), strict=True))
+
+
+def test_stock_test_tool_runs_on_the_quantized_config(task, quantized, tmp_path):
+    work_dir, summary = quantized
+    package = Path(__import__(task.package).__file__).parent
+    tool = next(path for path in (package / '.mim' / 'tools' / 'test.py', package.parent / 'tools' / 'test.py') if path.exists())
+    done = subprocess.run([sys.executable, str(tool), str(work_dir / 'quantized.py'), str(work_dir / 'quantized.pth'),
+                           '--work-dir', str(tmp_path)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'no calibration' in done.stdout + done.stderr
+    metrics = json.loads((tmp_path / 'summary.json').read_text())['quantized']['metrics']
+    assert metrics[task.headline] == pytest.approx(summary['quantized']['metrics'][task.headline], abs=1e-3)
+
+
+@pytest.mark.parametrize('change, named', [
+    (lambda state: state.pop('backbone.patch_embed.projection.input_quantizer.scale'), 'backbone.patch_embed.projection.input_quantizer.scale'),
+    (lambda state: state.update({'backbone.norm3.input_quantizer.scale': torch.ones(())}), 'backbone.norm3.input_quantizer.scale'),
+    (lambda state: state.pop('backbone.norm3.weight'), 'backbone.norm3.weight'),
+    (lambda state: state.update({'backbone.norm3.weight': torch.ones(5)}), 'backbone.norm3.weight'),
+])
+def test_checkpoint_that_does_not_fit_is_refused_by_key(quantized, tmp_path, change, named):
+    work_dir, _ = quantized
+    checkpoint = torch.load(work_dir / 'quantized.pth', weights_only=True)
+    change(checkpoint['state_dict'])
+    torch.save(checkpoint, tmp_path / 'broken.pth')
+    with pytest.raises(QuantizationError, match=named):
+        stock_test(Config.fromfile(work_dir / 'quantized.py'), tmp_path / 'broken.pth', tmp_path)
+
+
+def test_calibrated_checkpoint_of_another_recipe_is_refused(task, quantized, tmp_path):
+    work_dir, _ = quantized
+    with pytest.raises(QuantizationError, match='minmax_w4a4'):
+        quantize(task.config, str(work_dir / 'quantized.pth'), 'minmax_w8a8', work_dir=str(tmp_path), cfg_options=FEW, float_eval=False)
+
+
+def test_quantized_checkpoint_with_its_own_recipe_is_only_evaluated(task, quantized, tmp_path):
+    work_dir, summary = quantized
+    again = quantize(task.config, str(work_dir / 'quantized.pth'), 'minmax_w4a4', work_dir=str(tmp_path), cfg_options=FEW, float_eval=False)
+    assert again['quantized']['metrics'] == summary['quantized']['metrics']
+
+
+def test_scope_model_quantizes_neck_and_heads_and_says_so(task, tmp_path):
+    summary = quantize(task.config, task.checkpoint, 'minmax_w8a8', scope='model', work_dir=str(tmp_path), cfg_options=FEW, calib_images=2,
+                       float_eval=False)
+    assert summary['scope'] == 'model'
+    rows = {row['name']: row for row in summary['layers']}
+    left = {name: row['kind'] for name, row in rows.items() if row['bits'] is None}
+    assert all(kind == 'ConvTranspose2d' or name.startswith('auxiliary_head.') for name, kind in left.items())
+    assert all(rows[name]['reason'] for name in left)
+    assert sum(name.split('.')[0] != 'backbone' for name in rows) > 5
+    with pytest.raises(QuantizationError, match='scope model'):
+        quantize(task.config, str(tmp_path / 'quantized.pth'), 'minmax_w8a8', work_dir=str(tmp_path), cfg_options=FEW, float_eval=False,
+                 evaluate=False)
+
+
+def test_killed_run_resumes_with_the_same_result(upernet, tmp_path, monkeypatch):
+    from mmptq.methods import AdaLog
+    settings = dict(cfg_options=FEW, calib_images=2, evaluate=False)
+    whole = quantize(upernet.config, upernet.checkpoint, 'adalog_w4a4', work_dir=str(tmp_path / 'whole'), **settings)
+    original, blocks = AdaLog.calibrate, []
+
+    def killed_at_the_fourth(self, block):
+        blocks.append(block.name)
+        if len(blocks) == 4:
+            raise KeyboardInterrupt
+        return original(self, block)
+
+    monkeypatch.setattr(AdaLog, 'calibrate', killed_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(upernet.config, upernet.checkpoint, 'adalog_w4a4', work_dir=str(tmp_path / 'cut'), **settings)
+    assert not (tmp_path / 'cut' / 'quantized.pth').exists()
+    resumed = quantize(upernet.config, upernet.checkpoint, 'adalog_w4a4', work_dir=str(tmp_path / 'cut'), resume=True, **settings)
+    assert blocks[4] == blocks[3] and len(set(blocks)) == len(blocks) - 1  # begins again with the block that was cut
+    assert resumed['layers'] == whole['layers']
+    a, b = (torch.load(tmp_path / name / 'quantized.pth', weights_only=True)['state_dict'] for name in ('whole', 'cut'))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_progress_of_another_run_is_not_taken_up(upernet, tmp_path, monkeypatch):
+    from mmptq.methods import MinMax
+    original = MinMax.calibrate
+
+    def killed_at_once(self, block):
+        if block.name != 'patch_embed':
+            raise KeyboardInterrupt
+        return original(self, block)
+
+    settings = dict(work_dir=str(tmp_path), cfg_options=FEW, calib_images=2, evaluate=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(MinMax, 'calibrate', killed_at_once)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', **settings)
+    with pytest.raises(QuantizationError, match='another checkpoint, recipe, seed'):
+        quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', seed=1, resume=True, **settings)
+
+
+def test_leak_needs_its_flag_and_is_logged_and_recorded(upernet, tmp_path, caplog):
+    test = Config.fromfile(upernet.config).test_dataloader.dataset.to_dict()
+    options = {**FEW, 'train_dataloader.dataset': {**test, 'indices': 6, '_delete_': True}}
+    settings = dict(work_dir=str(tmp_path), calib_images=2, evaluate=False)
+    with pytest.raises(QuantizationError, match='leak'):
+        quantize(upernet.config, upernet.checkpoint, 'minmax_w8a8', cfg_options=options, **settings)
+    summary = quantize(upernet.config, upernet.checkpoint, 'minmax_w8a8', cfg_options=FEW, calib_on_test=True, **settings)
+    assert summary['calibration']['leak'] is True and summary['calibration']['split'] == 'test'
+    assert 'leak' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+
+
+def test_calibration_images_are_seeded_train_images_through_the_test_pipeline(upernet, tmp_path):
+    from mmengine.registry import init_default_scope
+
+    from mmptq.engine.data import build_calibration_set, calibration_dataset
+    cfg = Config.fromfile(upernet.config)
+    init_default_scope('mmseg')
+    dataset = calibration_dataset(cfg)
+    assert dataset['pipeline'] == cfg.test_dataloader.dataset.to_dict()['pipeline'] != cfg.train_dataloader.dataset.to_dict()['pipeline']
+    first, again, other = (build_calibration_set(dataset, 4, seed, [], False) for seed in (3, 3, 4))
+    assert first.paths == again.paths != other.paths and all('train' in Path(path).parent.name for path in first.paths)
+    batch = next(iter(first.batches()))
+    assert batch['inputs'][0].shape[-2:] == batch['data_samples'][0].ori_shape
+
+
+def test_calib_cfg_gives_the_data_set_where_the_config_has_none(upernet, tmp_path):
+    options = {**FEW, 'train_dataloader': None, 'train_cfg': None, 'optim_wrapper': None}
+    settings = dict(work_dir=str(tmp_path), cfg_options=options, calib_images=2, evaluate=False)
+    with pytest.raises(QuantizationError, match='--calib-cfg'):
+        quantize(upernet.config, upernet.checkpoint, 'minmax_w8a8', **settings)
+    summary = quantize(upernet.config, upernet.checkpoint, 'minmax_w8a8', calib_cfg=upernet.config, **settings)
+    assert summary['calibration']['images'] == 2
+
+
+def test_python_objects_do_as_well_as_names(upernet, tmp_path):
+    from mmptq.apis import load_recipe
+    recipe = load_recipe('minmax_w4a4')
+    recipe['bits']['softmax'] = 8
+    summary = quantize(Config.fromfile(upernet.config), upernet.checkpoint, recipe, work_dir=str(tmp_path), cfg_options=FEW, calib_images=1,
+                       evaluate=False)
+    rows = [row for row in summary['layers'] if row['site'] == 'post_softmax/value']
+    assert rows and all(row['bits'] == dict(left=8, right=4) for row in rows)
+
+
+@pytest.mark.skipif(not (SHARED / 'zoo').exists(), reason='needs ../shared/zoo and ../shared/data, which are not part of the project')
+@pytest.mark.parametrize('name, metric, least', [('upernet_deit-t_camvid', 'mIoU', 25), ('mask-rcnn_deit-t_pennfudan', 'coco/bbox_mAP', 0.3)])
+def test_stock_models_on_real_photographs(name, metric, least, tmp_path):
+    summary = quantize(str(SHARED / 'zoo' / f'{name}.py'), str(SHARED / 'zoo' / f'{name}.pth'), 'adalog_w4a4', work_dir=str(tmp_path),
+                       cfg_options={'test_dataloader.dataset.indices': 8}, calib_images=4)
+    assert summary['quantized']['metrics'][metric] > least
+    assert summary['quantized']['metrics'] != summary['float']['metrics']
+    assert all(row['reason'] is None or not row['name'].startswith('backbone.') for row in summary['layers'])
