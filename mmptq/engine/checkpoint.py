@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,9 +26,10 @@ def safe_loading() -> Iterator[None]:
     mmengine asks for full unpickling (or fails on its own files, before 0.11); what a Runner saves beside the weights, loss
     histories, is allowed by name.
     """
-    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype, *(type(np.dtype(t)) for t in (np.int64, np.int32, np.float64, np.float32))]
-    multiarray = getattr(np, '_core', None) or np.core  # numpy 2 or 1
-    allowed.append(multiarray.multiarray._reconstruct)
+    multiarray = (getattr(np, '_core', None) or np.core).multiarray  # numpy 2 or 1
+    dtypes = [type(np.dtype(kind)) for kind in (np.int64, np.int32, np.float64, np.float32)]
+    allowed: list[Any] = [HistoryBuffer, (_history_method, 'builtins.getattr'), np.ndarray, np.dtype, *dtypes,
+                          multiarray._reconstruct, multiarray.scalar]
     name = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
     before = os.environ.get(name)
     os.environ[name] = '1'
@@ -38,6 +40,13 @@ def safe_loading() -> Iterator[None]:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
+
+
+def _history_method(owner: Any, name: str) -> Any:
+    # A HistoryBuffer pickles its own methods by way of getattr, which must not reach anything else.
+    if owner is not HistoryBuffer or name not in ('mean', 'max', 'min', 'current'):
+        raise pickle.UnpicklingError(f'getattr({owner!r}, {name!r}) is not allowed')
+    return getattr(owner, name)
 
 
 def read_file(path: str | Path) -> Any:
@@ -52,7 +61,8 @@ def read_file(path: str | Path) -> Any:
         with safe_loading():
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = next((line for line in lines if 'Unpickler error' in line), lines[0])
         raise QuantizationError(f'{path} cannot be read safely as a checkpoint (weights_only): {reason}') from None
 
 

@@ -94,7 +94,7 @@ def build_calibration_set(dataset: Mapping[str, Any], images: int, seed: int, ev
     try:
         built = DATASETS.build(dict(dataset))
     except (OSError, ValueError) as error:
-        raise QuantizationError(f'the calibration data set cannot be built: {error}') from error
+        raise QuantizationError(f'the calibration data set cannot be built, or is empty: {error}') from error
     if not len(built):
         raise QuantizationError(f'the calibration set is empty: {type(built).__name__} found no image; check its data_root and '
                                 'ann_file, or name another one with --calib-cfg')

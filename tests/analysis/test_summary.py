@@ -1,0 +1,36 @@
+"""Sizes and the table, by hand."""
+import io
+
+from rich.console import Console
+from torch import nn
+
+from mmptq.analysis.summary import model_size, result_table
+from mmptq.layers import QuantLinear
+from mmptq.quantizers import UniformQuantizer
+
+
+def summary(name, quantized=None, float_result=None):
+    return dict(scope='backbone', recipe=dict(name=name), bits=dict(weight=4, activation=4, softmax=3), float=float_result,
+                quantized=quantized, calibration=dict(dataset='CocoDataset', split='train', images=32, leak=True, seconds=1.5),
+                size=dict(float_mib=10.0, quantized_mib=2.5))
+
+
+def test_size_counts_packed_weights_scales_and_what_stays_float():
+    linear = QuantLinear.from_float(nn.Linear(1024, 512))
+    linear.set_quantizers({'input': 'linear', 'weight': 'weight'}, {'input': UniformQuantizer(4), 'weight': UniformQuantizer(4, axis=-2)})
+    model = nn.Sequential(linear, nn.LayerNorm(512))
+    size = model_size(model)
+    assert size['float_mib'] == round((1024 * 512 + 512 + 2 * 512) * 4 / 2**20, 3)
+    assert size['quantized_mib'] == round((1024 * 512 / 2 + 512 * 5 + 3 * 512 * 4) / 2**20, 3)
+
+
+def test_table_has_float_and_every_recipe_with_scope_bits_and_leak():
+    metrics = {'coco/bbox_mAP': 0.5, 'coco/bbox_mAP_50': 0.7, 'coco/segm_mAP': 0.4}
+    rows = [summary('a_w4a4', dict(metrics=metrics, seconds=2.0), dict(metrics=metrics, seconds=1.0)), summary('b_w4a4')]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(result_table(rows, title='demo'))
+    text = console.export_text()
+    for part in ('demo', 'scope backbone', '32 images', 'leak', 'float', 'a_w4a4', 'b_w4a4', '4/4/3', 'coco/bbox_mAP',
+                 'coco/segm_mAP', '2.50'):
+        assert part in text
+    assert 'bbox_mAP_50' not in text

@@ -1,0 +1,69 @@
+"""Checkpoints on disk: safe to read, whole or absent."""
+import os
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner.checkpoint import _load_checkpoint
+
+from mmptq import QuantizationError
+from mmptq.engine.checkpoint import load_file, safe_loading, save_atomically
+
+
+class Code:
+    def __reduce__(self):
+        return os.getcwd, ()
+
+
+def test_what_a_runner_saves_can_be_read(tmp_path):
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    meta = {'scalar': np.float64(3)}
+    torch.save({'state_dict': {'w': torch.ones(2)}, 'message_hub': {'loss': history}, 'meta': meta}, tmp_path / 'a.pth')
+    checkpoint = load_file(tmp_path / 'a.pth')
+    assert torch.equal(checkpoint['state_dict']['w'], torch.ones(2))
+    assert checkpoint['message_hub']['loss'].mean() == 1.5
+
+
+def test_mmengine_reads_no_code_within_safe_loading_and_the_environment_is_restored(tmp_path, monkeypatch):
+    torch.save({'state_dict': {}, 'meta': Code()}, tmp_path / 'code.pth')
+    for before in (None, '0'):
+        if before is not None:
+            monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', before)
+        with pytest.raises(Exception, match=r'[Ww]eights.only'), safe_loading():
+            _load_checkpoint(str(tmp_path / 'code.pth'))
+        assert os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD') == before
+
+
+class Reach:
+    def __reduce__(self):
+        return getattr, (os, 'system')
+
+
+def test_the_way_to_histories_leads_nowhere_else(tmp_path):
+    torch.save({'state_dict': {}, 'meta': Reach()}, tmp_path / 'reach.pth')
+    with pytest.raises(QuantizationError, match=r'reach\.pth'):
+        load_file(tmp_path / 'reach.pth')
+
+
+def test_plain_state_dict_is_a_checkpoint(tmp_path):
+    torch.save({'w': torch.ones(2)}, tmp_path / 'plain.pth')
+    assert set(load_file(tmp_path / 'plain.pth')['state_dict']) == {'w'}
+    torch.save({'state_dict': {'w': 'text'}}, tmp_path / 'text.pth')
+    with pytest.raises(QuantizationError, match=r'text\.pth'):
+        load_file(tmp_path / 'text.pth')
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / 'a.pth'
+    save_atomically({'version': 1}, path)
+
+    def full(data, target):
+        with open(target, 'wb') as file:
+            file.write(b'half')
+        raise OSError('no space left on device')
+
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(OSError):
+        save_atomically({'version': 2}, path)
+    assert torch.load(path, weights_only=True) == {'version': 1} and os.listdir(tmp_path) == ['a.pth']
