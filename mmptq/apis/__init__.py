@@ -1,5 +1,5 @@
 """What tools and Python users call."""
+from ..backbones.presets import load_recipe, recipe_names, recipe_of
 from .quantize import quantize
-from .recipes import load_recipe, recipe_names, recipe_of
 
 __all__ = ['load_recipe', 'quantize', 'recipe_names', 'recipe_of']

@@ -12,12 +12,12 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from ..backbones.presets import load_recipe
 from ..engine.calibration import inner_model
 from ..engine.checkpoint import load_file, safe_loading
 from ..engine.data import calibration_dataset, load_config
 from ..engine.hook import PTQHook, load_verified, test_result
 from ..errors import QuantizationError
-from .recipes import load_recipe
 from .testing import draw_predictions, dump_predictions, test_time_augmentation
 
 SCOPES = ('backbone', 'model')
@@ -58,7 +58,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
     Raises:
         QuantizationError: If something does not fit; before long work where it can be known.
     """
-    recipe_cfg = load_recipe(recipe) if isinstance(recipe, str) else dict(recipe)
+    recipe_cfg = load_recipe(recipe)
     if scope not in SCOPES:
         raise QuantizationError(f'unknown scope {scope!r}: it is one of {", ".join(SCOPES)}')
     cfg = load_config(config).copy() if isinstance(config, str) else config.copy()

@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import QuantizationError
 from ..registry import MODELS
 from .convert import ConversionReport, convert, convert_layers, layers_with_products
+from .presets import load_recipe
 from .recipe import Recipe
 from .spec import Site, find_spec
 
@@ -17,12 +18,12 @@ TRAINING_ONLY = ('auxiliary_head.',)
 
 
 @MODELS.register_module()
-def QuantBackbone(backbone: dict[str, Any], recipe: dict[str, Any]) -> nn.Module:  # noqa: N802
+def QuantBackbone(backbone: dict[str, Any], recipe: str | dict[str, Any]) -> nn.Module:  # noqa: N802
     """Builds a backbone and makes it quantizable.
 
     Args:
         backbone: The config of the float backbone.
-        recipe: See :class:`mmptq.backbones.Recipe`.
+        recipe: See :func:`mmptq.backbones.presets.load_recipe`.
 
     Returns:
         The backbone itself, float until calibrated, with a :class:`ConversionReport` as its attribute ``quantization``.
@@ -30,19 +31,19 @@ def QuantBackbone(backbone: dict[str, Any], recipe: dict[str, Any]) -> nn.Module
     Raises:
         QuantizationError: If the backbone has no BackboneSpec, or the recipe is wrong.
     """
-    checked = Recipe.from_dict(recipe)
+    checked = Recipe.from_dict(load_recipe(recipe))
     built = MMENGINE_MODELS.build(backbone)
     built.quantization = convert(built, find_spec(built), checked)
     return built
 
 
 @MODELS.register_module()
-def QuantModel(model: dict[str, Any], recipe: dict[str, Any]) -> nn.Module:  # noqa: N802
+def QuantModel(model: dict[str, Any], recipe: str | dict[str, Any]) -> nn.Module:  # noqa: N802
     """Builds a whole detector or segmentor and makes its backbone, neck and heads quantizable.
 
     Args:
         model: The config of the float model.
-        recipe: See :class:`mmptq.backbones.Recipe`.
+        recipe: See :func:`mmptq.backbones.presets.load_recipe`.
 
     Returns:
         The model itself, float until calibrated, with a :class:`ConversionReport` as its attribute ``quantization``.
@@ -50,7 +51,7 @@ def QuantModel(model: dict[str, Any], recipe: dict[str, Any]) -> nn.Module:  # n
     Raises:
         QuantizationError: If the model has no backbone that we know, or the recipe is wrong.
     """
-    checked = Recipe.from_dict(recipe)
+    checked = Recipe.from_dict(load_recipe(recipe))
     built = MMENGINE_MODELS.build(model)
     if not isinstance(getattr(built, 'backbone', None), nn.Module):
         raise QuantizationError(f'{type(built).__name__} has no backbone')

@@ -234,3 +234,14 @@ def test_stock_models_on_real_photographs(name, metric, least, tmp_path):
     assert summary['quantized']['metrics'][metric] > least
     assert summary['quantized']['metrics'] != summary['float']['metrics']
     assert all(row['reason'] is None or not row['name'].startswith('backbone.') for row in summary['layers'])
+
+
+def test_a_config_with_the_backbone_wrapper_and_the_hook_needs_no_tool_of_ours(task, tmp_path):
+    cfg = Config.fromfile(task.config.replace('.py', '_adalog-w4a4.py'))
+    cfg.merge_from_dict({**FEW, 'custom_hooks': [dict(type='mmptq.PTQHook', images=1)]})
+    _, metrics = stock_test(cfg, task.checkpoint, tmp_path)
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    assert summary['recipe']['name'] == 'adalog_w4a4' and summary['calibration']['images'] == 1
+    assert summary['quantized']['metrics'] == {name: float(value) for name, value in metrics.items()}
+    kinds = {row['site']: row['quantizer'] for row in summary['layers'] if row['quantizer']}
+    assert kinds['post_gelu']['input'] == kinds['post_softmax/value']['left'] == 'AdaLogQuantizer'

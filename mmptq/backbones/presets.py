@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from ..backbones import Recipe
 from ..errors import QuantizationError
+from .recipe import Recipe
 
 RECIPES = Path(__file__).parents[1] / '.mim' / 'configs' / '_base_' / 'recipes'
 NAME = re.compile(r'(?P<method>\w+)_w(?P<weight>\d+)a(?P<activation>\d+)')
@@ -19,15 +20,17 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob('*.py'))
 
 
-def load_recipe(recipe: str) -> dict[str, Any]:
-    """A recipe as a config has it.
+def load_recipe(recipe: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as a config has it, checked and whole.
 
     Args:
-        recipe: ``METHOD_wXaY`` (``adalog_w4a4``), or a config file that defines ``recipe``.
+        recipe: ``METHOD_wXaY`` (``adalog_w4a4``), a config file that defines ``recipe``, or the recipe itself.
 
     Raises:
         QuantizationError: If there is none, or it is wrong.
     """
+    if not isinstance(recipe, str):
+        return Recipe.from_dict(recipe).to_dict()
     if recipe.endswith('.py'):
         if not Path(recipe).is_file():
             raise QuantizationError(f'recipe {recipe} does not exist')
