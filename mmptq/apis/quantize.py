@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 
 from ..backbones.presets import load_recipe
 from ..engine.calibration import inner_model
-from ..engine.checkpoint import load_file, safe_loading
+from ..engine.checkpoint import is_calibrated, load_file, safe_loading
 from ..engine.data import calibration_dataset, load_config
 from ..engine.hook import PTQHook, load_verified, test_result
 from ..errors import QuantizationError
@@ -79,6 +79,8 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         runner = build_runner(cfg, recipe_cfg, scope, out, show, show_dir, wait_time, tta)
         hook = next(hook for hook in runner.hooks if isinstance(hook, PTQHook))
         load_verified(inner_model(runner.model), loaded, checkpoint)
+        if not is_calibrated(inner_model(runner.model)):
+            hook.prepare(runner)
         if float_eval and evaluate:
             hook.float_result = evaluate_float(cfg, tta)
         if evaluate:
@@ -152,6 +154,6 @@ def check_writable(work_dir: Path) -> None:
         work_dir.mkdir(parents=True, exist_ok=True)
         probe = work_dir / '.mmptq_probe'
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise QuantizationError(f'work_dir {work_dir} cannot be written to: {error.strerror}; name another one with --work-dir') from None

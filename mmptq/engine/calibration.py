@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 from torch import nn
 
 from ..backbones import ConversionReport, find_spec
-from ..calibration import Block, BlockResult, Call, calibrate, calibrate_block, check_weights, operations
+from ..calibration import Block, BlockResult, Call, calibrate, calibrate_block, operations
 from ..errors import QuantizationError
 from . import memory
 from .data import CalibrationSet
@@ -46,7 +46,6 @@ def calibrate_model(model: Any, images: CalibrationSet, seed: int, logger: loggi
     """
     report = quantization(model)
     method = report.recipe.build_method()
-    check_weights(model)
     model.eval()
     identity = fingerprint(model, report, images, seed)
     done = load_progress(progress_path, identity) if resume else {}

@@ -6,7 +6,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def safe_loading() -> Iterator[None]:
     before = os.environ.get(name)
     os.environ[name] = '1'
     try:
-        with torch.serialization.safe_globals(allowed):
+        # Before torch 2.5 nothing can be allowed, and only checkpoints without loss histories (published ones) are read.
+        with torch.serialization.safe_globals(allowed) if hasattr(torch.serialization, 'safe_globals') else nullcontext():
             yield
     finally:
         os.environ.pop(name)

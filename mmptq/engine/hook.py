@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from ..analysis.summary import layer_rows, model_size
 from ..backbones import ConversionReport
 from ..backbones.convert import layers_with_products
+from ..calibration import check_weights
 from ..errors import QuantizationError
 from ..registry import HOOKS
 from ..version import __version__
@@ -53,6 +54,7 @@ class PTQHook(Hook):
         self.resume = resume
         self.summary: dict[str, Any] = {}
         self.float_result: dict[str, Any] | None = None
+        self._images: CalibrationSet | None = None
         self._loaded: dict[str, Any] = {}
         self._started = 0.0
 
@@ -64,6 +66,23 @@ class PTQHook(Hook):
             runner.logger.warning(f'the checkpoint has keys that the model does not: {", ".join(surplus)}')
         meta = checkpoint.get('meta') or {}
         self._loaded = {'dataset_meta': meta.get('dataset_meta'), 'mmptq': meta.get('mmptq')}
+
+    def prepare(self, runner: Runner) -> None:
+        """Draws the calibration images and reads each once, so that what is wrong with them is known before long work.
+
+        Raises:
+            QuantizationError: If the data set, or that of the evaluation, cannot be built or is empty, if an image cannot be
+                read, or is evaluated without this being asked for.
+        """
+        try:
+            evaluated = runner.test_loop.dataloader.dataset
+        except (OSError, ValueError) as error:
+            raise QuantizationError(f'the test data set of the config cannot be built: {error}') from error
+        dataset = self.dataset or calibration_dataset(runner.cfg, self.calib_cfg, self.on_test)
+        self._images = build_calibration_set(dataset, self.images, self.seed, evaluated, self.on_test)
+        for _ in self._images.batches():
+            pass
+        log_images(runner, self._images, self.images)
 
     def before_test(self, runner: Runner) -> None:
         """Calibrates if that is still to be done."""
@@ -90,9 +109,10 @@ class PTQHook(Hook):
     def _calibrate(self, runner: Runner, model: Any) -> None:
         report = quantization(model)
         device = next(model.parameters()).device
-        dataset = self.dataset or calibration_dataset(runner.cfg, self.calib_cfg, self.on_test)
-        images = build_calibration_set(dataset, self.images, self.seed, runner.test_loop.dataloader.dataset, self.on_test)
-        log_images(runner, images, self.images)
+        if self._images is None:
+            self.prepare(runner)
+        images = self._images
+        assert images is not None
         peak, started = memory.Peak(device), time.perf_counter()
         progress = Path(runner.work_dir) / PROGRESS
         results = calibrate_model(model, images, self.seed, runner.logger, progress, self.resume)
@@ -142,7 +162,8 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
         Surplus keys, see :func:`load_checked`.
 
     Raises:
-        QuantizationError: If it was calibrated by another recipe or at another scope, or does not fit.
+        QuantizationError: If it was calibrated by another recipe or at another scope, does not fit, or holds values that are
+            not finite.
     """
     report = quantization(model)
     made = (checkpoint.get('meta') or {}).get('mmptq')
@@ -150,6 +171,7 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
         raise QuantizationError(f'{source} was quantized with recipe {made["recipe"]["name"]}, bits {made["bits"]}, scope {made["scope"]}, '
                                 'and not as asked for; use the float checkpoint, or that recipe and scope')
     surplus = load_checked(model, checkpoint.get('state_dict', checkpoint), source)
+    check_weights(model)
     if is_calibrated(model) and not made:
         raise QuantizationError(f'{source} has parameters of quantizers, but does not say by which recipe it was made')
     return surplus

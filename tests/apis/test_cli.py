@@ -132,6 +132,16 @@ def test_empty_or_unreadable_calibration_data(run, upernet, tmp_path):
     assert code == 2 and is_one_line(error, 'broken.jpg', 'cannot be read')
 
 
+def test_data_of_the_config_that_is_not_there(run, upernet, tmp_path):
+    config = tmp_path / 'moved.py'
+    config.write_text(f"""_base_ = {upernet.config!r}
+test_dataloader = dict(dataset=dict(type='mmdet.CocoDataset', ann_file='/absent/val.json', _delete_=True, pipeline=[]))
+custom_imports = dict(imports=['mmdet.datasets', 'mmseg.models', 'mmseg.datasets', 'mmseg.evaluation'])
+""")
+    code, error = run(config=config)
+    assert code == 2 and is_one_line(error, 'test data set', 'absent')
+
+
 def test_work_dir_that_cannot_be_written_to(run, tmp_path):
     (tmp_path / 'file').write_text('')
     code, error = run(work_dir=tmp_path / 'file' / 'below')

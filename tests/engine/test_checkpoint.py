@@ -37,7 +37,7 @@ def test_mmengine_reads_no_code_within_safe_loading_and_the_environment_is_resto
 
 class Reach:
     def __reduce__(self):
-        return getattr, (os, 'system')
+        return getattr, (HistoryBuffer, '__init__')
 
 
 def test_the_way_to_histories_leads_nowhere_else(tmp_path):
