@@ -61,7 +61,8 @@ def main() -> None:
             dict(stage='calibration', seconds=seconds, passes=seconds / float_pass, peak_memory_mib=peak.mib())]
     about = dict(config=CONFIG, weights='random', scope='backbone', recipe=options.recipe, bits=recipe['bits'], method=recipe['method'],
                  images=options.images, size=[options.height, options.width], data='noise')
-    title = f'calibration of Mask R-CNN Swin-T, {options.recipe}, {options.images} images of {options.height}x{options.width}, scope backbone'
+    size = f'{options.height}x{options.width}'
+    title = f'calibration of Mask R-CNN Swin-T, {options.recipe}, {options.images} images of {size}, scope backbone'
     report(title, rows, about, options.json)
 
 

@@ -23,7 +23,8 @@ def machine() -> dict[str, Any]:
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.processor())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, python=platform.python_version(), mmptq=__version__, torch=torch.__version__,
+    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, python=platform.python_version(),
+                mmptq=__version__, torch=torch.__version__,
                 **{name: version(name) for name in ('mmcv', 'mmengine', 'mmdet', 'mmsegmentation')})
 
 

@@ -3,14 +3,13 @@
 Usage: python demo/run.py [--work-dir work_dirs/demo] [--models mask-rcnn_swin-demo upernet_swin-demo]
 """
 import argparse
-import json
 from pathlib import Path
 
 from generate_data import generate
 from rich.console import Console
 
 from mmptq.analysis.summary import result_table
-from mmptq.apis import quantize
+from mmptq.apis import compare
 
 DEMO = Path(__file__).resolve().parent
 MODELS = ('mask-rcnn_swin-demo', 'upernet_swin-demo')
@@ -29,19 +28,15 @@ def main() -> None:
     generate(DEMO / 'data')
     tables = []
     for model in args.models:
-        summaries = []
-        for recipe in args.recipes:
-            summaries.append(quantize(
-                str(DEMO.parent / 'configs' / 'demo' / f'{model}.py'), str(DEMO / f'{model}.pth'), recipe,
-                work_dir=str(args.work_dir / f'{model}_{recipe}'), calib_images=args.calib_images, float_eval=not summaries))
-        (args.work_dir / f'{model}.json').write_text(json.dumps(summaries, indent=2) + '\n')
+        config, checkpoint = DEMO.parent / 'configs' / 'demo' / f'{model}.py', DEMO / f'{model}.pth'
+        summaries = compare(str(config), str(checkpoint), args.recipes, args.work_dir / model, calib_images=args.calib_images)
         tables.append(result_table(summaries, title=model))
     console = Console()
     if not console.is_terminal:
         console.width = 120
     for table in tables:
         console.print(table)
-    console.print(f'Details of every layer: {args.work_dir}/*/summary.json')
+    console.print(f'Every layer, its quantizers and its SQNR: {args.work_dir}/*/*/summary.json')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """What a quantized model is and what it cost: rows a layer, sizes, the table at the end."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -56,7 +56,7 @@ def model_size(model: nn.Module) -> dict[str, float]:
     return dict(float_mib=round(total / MIB, 3), quantized_mib=round((total - saved) / MIB, 3))
 
 
-def result_table(summaries: list[Mapping[str, Any]], title: str = 'measured') -> Table:
+def result_table(summaries: Sequence[Mapping[str, Any]], title: str = 'measured') -> Table:
     """Float and quantized results side by side; the float row is the first summary's."""
     first = summaries[0]
     calibration = first['calibration']

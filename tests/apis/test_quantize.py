@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmptq import QuantizationError
-from mmptq.apis import quantize
+from mmptq.apis import load_recipe, quantize
 from mmptq.engine.checkpoint import safe_loading
 from mmptq.quantizers import Quantizer
 
@@ -216,7 +216,6 @@ def test_calib_cfg_gives_the_data_set_where_the_config_has_none(upernet, tmp_pat
 
 
 def test_python_objects_do_as_well_as_names(upernet, tmp_path):
-    from mmptq.apis import load_recipe
     recipe = load_recipe('minmax_w4a4')
     recipe['bits']['softmax'] = 8
     summary = quantize(Config.fromfile(upernet.config), upernet.checkpoint, recipe, work_dir=str(tmp_path), cfg_options=FEW, calib_images=1,
@@ -226,12 +225,13 @@ def test_python_objects_do_as_well_as_names(upernet, tmp_path):
 
 
 @pytest.mark.skipif(not (SHARED / 'zoo').exists(), reason='needs ../shared/zoo and ../shared/data, which are not part of the project')
-@pytest.mark.parametrize('name, metric, least', [
-    ('upernet_deit-t_camvid', 'mIoU', 25), ('mask-rcnn_deit-t_pennfudan', 'coco/bbox_mAP', 0.3)])
-def test_stock_models_on_real_photographs(name, metric, least, tmp_path):
-    summary = quantize(str(SHARED / 'zoo' / f'{name}.py'), str(SHARED / 'zoo' / f'{name}.pth'), 'adalog_w4a4', work_dir=str(tmp_path),
+@pytest.mark.parametrize('name, metric', [('upernet_deit-t_camvid', 'mIoU'), ('mask-rcnn_deit-t_pennfudan', 'coco/bbox_mAP')])
+def test_stock_models_on_real_photographs(name, metric, tmp_path):
+    recipe = load_recipe('adalog_w4a4')
+    recipe['method'].update(rows=128, candidates=16)  # quick
+    summary = quantize(str(SHARED / 'zoo' / f'{name}.py'), str(SHARED / 'zoo' / f'{name}.pth'), recipe, work_dir=str(tmp_path),
                        cfg_options={'test_dataloader.dataset.indices': 8}, calib_images=4)
-    assert summary['quantized']['metrics'][metric] > least
+    assert summary['quantized']['metrics'][metric] > summary['float']['metrics'][metric] / 2 > 0
     assert summary['quantized']['metrics'] != summary['float']['metrics']
     assert all(row['reason'] is None or not row['name'].startswith('backbone.') for row in summary['layers'])
 
