@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, python=platform.python_version(),
                 mmptq=__version__, torch=torch.__version__,
-                **{name: version(name) for name in ('mmcv', 'mmengine', 'mmdet', 'mmsegmentation')})
+                **{name: import_module(name).__version__ for name in ('mmcv', 'mmengine', 'mmdet', 'mmseg')})
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

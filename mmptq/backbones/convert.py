@@ -54,8 +54,9 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
     for name in attentions:
         attention = backbone.get_submodule(name)
         if isinstance(attention, nn.MultiheadAttention):
-            attention = SelfAttention.from_float(attention)
-            _replace(backbone, name, attention)
+            new = SelfAttention.from_float(attention)
+            _replace(backbone, attention, new)
+            attention = new
         qk, pv = extend_attention(attention)
         recipe.equip(qk, {'left': 'query', 'right': 'key'})
         recipe.equip(pv, {'left': 'post_softmax', 'right': 'value'})
@@ -91,10 +92,13 @@ def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Rec
             assert isinstance(layer, nn.Conv2d)
             op = QuantConv2d.from_float(layer)
         recipe.equip(op, {'input': site, 'weight': 'weight'})
-        _replace(module, name, op)
+        _replace(module, layer, op)
     return skipped
 
 
-def _replace(root: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition('.')
-    setattr(root.get_submodule(parent), child, new)
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts a module in the place of another, wherever that is: layers may be shared."""
+    for parent in list(root.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)

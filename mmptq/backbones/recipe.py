@@ -14,6 +14,12 @@ from ..quantizers import Quantizer
 from ..registry import METHODS, QUANTIZERS
 from .spec import SITES
 
+GRANULARITIES: dict[str, tuple[str, ...]] = {
+    'per_channel': ('weight',),
+    'per_head': ('query', 'key', 'post_softmax', 'value'),
+}
+"""Options of a recipe's quantizer, and the sites whose tensors have such an axis."""
+
 
 @dataclass(frozen=True)
 class Bits:
@@ -56,7 +62,11 @@ class Recipe:
         if unknown or missing:
             raise QuantizationError(f'a recipe has the keys name, bits, quantizers and method; unknown: {sorted(unknown)}, '
                                     f'missing: {sorted(missing)}')
-        quantizers = {site: dict(cfg) for site, cfg in recipe['quantizers'].items()}
+        for what in ('bits', 'quantizers', 'method'):
+            _require_dict(recipe[what], what)
+        for site, quantizer in recipe['quantizers'].items():
+            _require_dict(quantizer, f'quantizer of site {site}')
+        quantizers = {site: dict(quantizer) for site, quantizer in recipe['quantizers'].items()}
         if set(quantizers) != set(SITES):
             raise QuantizationError(f'a recipe names a quantizer for each of the sites {", ".join(SITES)}; unknown: '
                                     f'{sorted(set(quantizers) - set(SITES))}, missing: {sorted(set(SITES) - set(quantizers))}')
@@ -77,10 +87,11 @@ class Recipe:
     def build_quantizer(self, site: str, weight_axis: int | None) -> Quantizer:
         """A quantizer for a site; ``weight_axis`` is the axis of output channels where the tensor is a weight."""
         options = {'bits': self.bits.at(site), **self.quantizers[site]}
-        if options.pop('per_channel', False):
-            options['axis'] = weight_axis
-        if options.pop('per_head', False):
-            options['axis'] = -3
+        for granularity, sites in GRANULARITIES.items():
+            if options.pop(granularity, False):
+                if site not in sites:
+                    raise QuantizationError(f'recipe: {granularity} is for {", ".join(sites)}, not for site {site}')
+                options['axis'] = weight_axis if site == 'weight' else -3
         return _build(QUANTIZERS, options, f'quantizer of site {site}')
 
     def build_method(self) -> Method:
@@ -91,6 +102,11 @@ class Recipe:
         """Gives an operation the quantizers of its operands' sites."""
         axis = getattr(op, 'weight_axis', None)
         op.set_quantizers(sites, {role: self.build_quantizer(site, axis) for role, site in sites.items()})
+
+
+def _require_dict(value: Any, what: str) -> None:
+    if not isinstance(value, Mapping):
+        raise QuantizationError(f'recipe: {what} is to be a dict, not {value!r}')
 
 
 def _build(registry: Registry, options: dict[str, Any], what: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..calibration.capture import Block
 from ..calibration.search import search
+from .base import require_positive
 
 # The operand searched first: the weight given the input, the base given the values.
 ORDER = {'linear': ('weight', 'input'), 'conv': ('weight', 'input'), 'matmul': ('left', 'right')}
@@ -25,6 +26,9 @@ class AdaLog:
     rounds: int = 1
     rows: int = 1024
     propagate_error: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive(self, 'candidates', 'rounds', 'rows')
 
     def calibrate(self, block: Block) -> list[Any]:
         """See :class:`mmptq.methods.Method`."""

@@ -6,6 +6,13 @@ from typing import Any, Protocol
 from ..calibration.capture import Block
 
 
+def require_positive(method: object, *names: str) -> None:
+    """Raises ValueError if one of a method's options is less than 1, naming it."""
+    for name in names:
+        if getattr(method, name) < 1:
+            raise ValueError(f'{name} must be at least 1, not {getattr(method, name)}')
+
+
 class Method(Protocol):
     """Chooses the parameters of one block's quantizers.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..calibration.capture import Block
 from ..layers import QuantOp
+from .base import require_positive
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class MinMax:
 
     rows: int = 1024
     propagate_error: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive(self, 'rows')
 
     @torch.no_grad()
     def calibrate(self, block: Block) -> list[Any]:

@@ -14,11 +14,11 @@ CHUNK = 2**16
 """Elements that a chain of element-wise operations takes at a time on a CPU: they stay in its cache."""
 
 
-def in_chunks(chain: Callable[[Tensor, Tensor], object], x: Tensor) -> Tensor:
-    """A new tensor that ``chain(piece, out)`` fills, piece by piece; without gradient, since rounding has none."""
+def in_chunks(chain: Callable[[Tensor, Tensor], object], x: Tensor, split: bool = True) -> Tensor:
+    """A new tensor that ``chain(piece, out)`` fills, by pieces of the first dimension; without gradient, since rounding has none."""
     x = x.detach()
     out = torch.empty_like(x)
-    if x.ndim == 0 or x.device.type != 'cpu' or x.numel() <= CHUNK:
+    if not split or x.ndim == 0 or x.device.type != 'cpu' or x.numel() <= CHUNK:
         chain(x, out)
     else:
         rows = max(1, x.shape[0] * CHUNK // x.numel())

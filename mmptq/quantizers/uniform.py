@@ -37,14 +37,14 @@ class UniformQuantizer(Quantizer):
 
     def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # type: ignore[override]
         # Four passes over a piece in the cache; torch's fused kernels are not vectorized and take many times as long.
-        low, high = -zero_point.to(scale.dtype), (self.levels - 1 - zero_point).to(scale.dtype)
         inverse = scale.reciprocal()
-        if self.axis == -x.ndim:  # parameters differ along the dimension that is split
-            return (x.detach() * inverse).round_().clamp_(low, high).mul_(scale)
-        if x.device.type == 'cpu' and self.axis is None:
-            bounds = float(low), float(high)
-            return in_chunks(lambda piece, out: torch.mul(piece, inverse, out=out).round_().clamp_(*bounds).mul_(scale), x)
-        return in_chunks(lambda piece, out: torch.mul(piece, inverse, out=out).round_().clamp_(low, high).mul_(scale), x)
+        low, high = -zero_point.to(scale.dtype), (self.levels - 1 - zero_point).to(scale.dtype)
+        bounds = (float(low), float(high)) if scale.ndim == 0 and scale.device.type == 'cpu' else (low, high)
+
+        def chain(piece: Tensor, out: Tensor) -> None:
+            torch.mul(piece, inverse, out=out).round_().clamp_(*bounds).mul_(scale)
+
+        return in_chunks(chain, x, split=self.axis != -x.ndim)
 
     def range_params(self, low: Tensor, high: Tensor) -> Params:
         """Scale and zero point whose grid covers ``[min(low, 0), max(high, 0)]``.
