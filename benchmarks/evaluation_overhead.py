@@ -37,7 +37,7 @@ def main() -> None:
     args.add_argument('--images', type=int, default=50)
     options = args.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        summary = quantize(options.config, options.checkpoint, options.recipe, work_dir=folder, calib_images=4, evaluate=False)
+        summary = quantize(options.config, options.checkpoint, options.recipe, work_dir=folder, calib_images=2, evaluate=False)
         sides = {'float': build(options.config, options.checkpoint, f'{folder}/float'),
                  'fake quantized': build(f'{folder}/quantized.py', f'{folder}/quantized.pth', f'{folder}/again')}
         batches = list(itertools.islice(sides['float'].test_dataloader, options.images))

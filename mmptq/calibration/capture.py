@@ -84,7 +84,8 @@ class Block:
                 sample = op.sample(activations, rows_a_call, generator)
                 self.samples[name].append(tuple(x.clone() for x in sample))
                 if visit:
-                    visit(name, op, activations)
+                    with torch._C.DisableTorchFunction():  # products of its own are not those of the attention that it looks into
+                        visit(name, op, activations)
             return before
 
         handles = [op.register_forward_pre_hook(hook(name, op)) for name, op in self.ops.items()]
@@ -135,8 +136,8 @@ class Stream:
 
     :meth:`calls` runs what lies between the last block and the next one and returns the next one's calls;
     :meth:`advance` takes that block's outputs. Blocks already passed are not computed again: the last one answers with
-    its outputs, those before it with zeros of the right shape that take no memory (what is computed from them was needed
-    earlier, or is not needed for the next block). Only one block's calls and outputs are kept.
+    its outputs, those before it with NaN of the right shape that takes no memory. Only one block's calls and outputs are
+    kept, and a block that needs more than the last one's outputs is found out.
 
     Args:
         module: The module whose forward is cut (a backbone).
@@ -144,7 +145,7 @@ class Stream:
         inputs: Calls of the module.
 
     Raises:
-        QuantizationError: If a block does not run, runs twice, or runs out of order.
+        QuantizationError: If a block does not run, runs twice, runs out of order, or needs what an earlier one gave.
     """
 
     def __init__(self, module: nn.Module, names: list[str], inputs: list[Call]) -> None:
@@ -158,6 +159,9 @@ class Stream:
     @torch.no_grad()
     def calls(self) -> list[Call]:
         """The calls that the next block gets, one an input."""
+        if self.position == 0:
+            self._check_order()
+        name = self.names[self.position]
         calls = []
         for index, call in enumerate(self.inputs):
             with self._replay(index) as reached:
@@ -166,10 +170,33 @@ class Stream:
                 except _Reached:
                     pass
             if not reached:
-                raise QuantizationError(f'{type(self.module).__name__}: block {self.names[self.position]} did not run after '
-                                        'the blocks before it; the blocks of its BackboneSpec do not fit its forward')
+                raise self._misfit(f'block {name} did not run after the blocks before it')
+            if self.position and not _is_finite((reached[0].args, reached[0].kwargs)):
+                before = self.names[self.position - 1]
+                if not _is_finite(self.outputs[index]):
+                    raise QuantizationError(f'block {before} gives outputs that are NaN or infinite; check the checkpoint and the '
+                                            'calibration images')
+                raise self._misfit(f'block {name} needs more than the outputs of block {before}')
             calls.append(reached[0])
         return calls
+
+    def _misfit(self, reason: str) -> QuantizationError:
+        return QuantizationError(f'{type(self.module).__name__}: {reason}; the blocks of its BackboneSpec do not fit its forward')
+
+    def _check_order(self) -> None:
+        ran: list[str] = []
+        handles = [self.module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name in self.names]
+        try:
+            for call in self.inputs[:1]:
+                self.module(*call.args, **call.kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in self.names:
+            if self.inputs and ran.count(name) != 1:
+                raise self._misfit(f'block {name} did not run once, but {ran.count(name)} times')
+        if self.inputs and ran != self.names:
+            raise self._misfit(f'block {next(a for a, b in zip(ran, self.names, strict=True) if a != b)} ran out of order')
 
     def advance(self, outputs: list[Any]) -> None:
         """Goes on to the next block; ``outputs`` are those of the present one for the calls that it got."""
@@ -178,8 +205,6 @@ class Stream:
                 shapes.append(tree_map(_hollow, output))
         self.outputs = outputs
         self.position += 1
-        if self.position == 1:
-            self.inputs = [Call(*tree_map(_hollow, (call.args, call.kwargs))) for call in self.inputs]
 
     @contextmanager
     def _replay(self, index: int) -> Iterator[list[Call]]:
@@ -200,15 +225,24 @@ class Stream:
             raise _Reached
 
         forwards = [answer(number) for number in range(len(answers))] + [reach]
+        own = [block.__dict__.get('forward') for block in blocks]
         for block, forward in zip(blocks, forwards, strict=True):
             block.forward = forward  # type: ignore[method-assign]
         try:
             yield reached
         finally:
-            for block in blocks:
+            for block, before in zip(blocks, own, strict=True):
                 del block.forward
+                if before is not None:
+                    block.forward = before  # type: ignore[method-assign]
 
 
 def _hollow(x: Any) -> Any:
-    """A tensor of the same shape, dtype and device without memory of its own; other things as they are."""
-    return x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else x
+    """NaN of the shape, dtype and device of a tensor, without memory of its own; other things as they are."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.new_full((), float('nan') if x.is_floating_point() else 0).expand(x.shape)
+
+
+def _is_finite(tree: Any) -> bool:
+    return all(bool(torch.isfinite(x).all()) for x in tree_flatten(tree)[0] if isinstance(x, Tensor))

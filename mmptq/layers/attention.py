@@ -59,7 +59,10 @@ class RouteProducts(TorchFunctionMode):
         scores = self.route(query, key.transpose(-2, -1))
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        return self.route(F.dropout(scores.softmax(-1), dropout_p), value)
+        probabilities = scores.softmax(-1)
+        if attn_mask is not None:  # a row that is masked entirely attends to nothing
+            probabilities = probabilities.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0)
+        return self.route(F.dropout(probabilities, dropout_p), value)
 
 
 @cache

@@ -16,13 +16,14 @@ Q_RANGE = range(10, 138)
 GELU_MINIMUM = 0.16997124254703522
 """Minus the minimum of GELU: ``gelu(x) + GELU_MINIMUM`` is not negative."""
 
-SMALLEST = 1e-15
-
 
 def encode_adalog(x: Tensor, scale: Tensor, q: Tensor, levels: int) -> Tensor:
-    """Codes ``k = round(-log2(clip(x/s, 1e-15, 1)) r/q)``, cut at N, the code of exact zero. int16."""
-    k = (x / scale).clamp_(SMALLEST, 1).log2_().mul_(-R / q).round_()
-    return k.clamp_(max=levels).to(torch.int16)
+    """Codes ``k = round(-log2(clip(x/s, 0, 1)) r/q)``, cut at N, the code of exact zero. int32.
+
+    The paper clips at 1e-15, so that zero becomes ``2^-49.8 s`` where the codes reach that far (8 bits); here it stays zero.
+    """
+    k = (x / scale).clamp_(0, 1).log2_().mul_(-R / q).round_()
+    return k.clamp_(max=levels).int()
 
 
 def decode_table(q: Tensor, levels: int) -> tuple[Tensor, Tensor, int]:
@@ -85,11 +86,11 @@ class AdaLogQuantizer(Quantizer):
 
     def encode(self, x: Tensor, scale: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
         # The last code is the only zero in strict mode, else the one beyond the last.
-        return encode_adalog(x + self.shift if self.shift else x, scale, q, self.levels - self.strict)
+        return encode_adalog(x + self.shift if self.shift else x, scale, q, self.levels - self.strict).to(torch.int16)
 
     def decode(self, codes: Tensor, scale: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
         values = decode_values(scale, q, self.levels, self.strict) - self.shift
-        return values.index_select(0, codes.flatten().int()).view(codes.shape)
+        return values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
         values = decode_values(scale, q, self.levels, self.strict) - self.shift
@@ -97,7 +98,10 @@ class AdaLogQuantizer(Quantizer):
 
         def chain(piece: Tensor, out: Tensor) -> None:
             codes = encode_adalog(piece + self.shift if self.shift else piece, scale, q, zero_code)
-            out.copy_(values.index_select(0, codes.flatten().int()).view(codes.shape))
+            if out.is_contiguous() and codes.is_contiguous():
+                torch.index_select(values, 0, codes.view(-1), out=out.view(-1))
+            else:
+                out.copy_(values[codes])
 
         return in_chunks(chain, x)
 
@@ -115,7 +119,8 @@ class AdaLogQuantizer(Quantizer):
         steps = 1 if self.fixed_scale is not None else 8
         fractions = torch.linspace(1, 0, steps, dtype=values.dtype, device=values.device).square()[:, None]
         scales = self.range_params(high, torch.lerp(inner, high, fractions))['scale']
-        bases = [self.fixed_q] if self.fixed_q is not None else Q_RANGE[::max(1, len(Q_RANGE) * steps // count)]
+        every = max(1, len(Q_RANGE) * steps // count)  # log2 is always among them
+        bases = [self.fixed_q] if self.fixed_q is not None else Q_RANGE[(R - Q_RANGE.start) % every::every]
         q = torch.tensor(bases, dtype=values.dtype, device=values.device)[:, None]
         return {'scale': scales.repeat(len(q), 1), 'q': q.repeat_interleave(steps, 0)}
 

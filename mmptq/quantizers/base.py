@@ -27,6 +27,11 @@ def in_chunks(chain: Callable[[Tensor, Tensor], object], x: Tensor, split: bool 
     return out
 
 
+def is_traced() -> bool:
+    """Whether torch.export or torch.compile is looking: they understand the plain formulas, and fuse them themselves."""
+    return hasattr(torch.compiler, 'is_compiling') and torch.compiler.is_compiling()
+
+
 class Quantizer(nn.Module):
     """Maps a tensor to integer codes and back. Without parameters it is the identity.
 
@@ -43,6 +48,7 @@ class Quantizer(nn.Module):
     """
 
     param_names: ClassVar[tuple[str, ...]]
+    place: Tensor
 
     def __init__(self, bits: int, axis: int | None = None) -> None:
         super().__init__()
@@ -54,6 +60,8 @@ class Quantizer(nn.Module):
         self.axis = axis
         for name in self.param_names:
             self.register_buffer(name, None)
+        # Goes where the module goes, so that parameters from a checkpoint land on its device.
+        self.register_buffer('place', torch.empty(0), persistent=False)
 
     @property
     def levels(self) -> int:
@@ -102,7 +110,11 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         params = self.params
-        return x if params is None else self.fake_quantize(x, **params)
+        if params is None:
+            return x
+        if is_traced():
+            return self.decode(self.encode(x, **params), **params)
+        return self.fake_quantize(x, **params)
 
     def candidates(self, values: Tensor, count: int) -> Params:
         """A grid of parameters to choose from.
@@ -131,7 +143,7 @@ class Quantizer(nn.Module):
         for name in self.param_names:
             value = state_dict.get(prefix + name)
             if value is not None and getattr(self, name) is None:
-                setattr(self, name, torch.empty_like(value))
+                setattr(self, name, torch.empty_like(value, device=self.place.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

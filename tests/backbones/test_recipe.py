@@ -1,0 +1,133 @@
+"""Recipes: those on disk, and what each error names."""
+import copy
+
+import pytest
+from torch import nn
+
+from mmptq import QuantizationError
+from mmptq.apis import load_recipe, recipe_names
+from mmptq.backbones import SITES, Bits, Recipe
+from mmptq.layers import QuantConv2d, QuantLinear, QuantMatMul
+from mmptq.methods import AdaLog, MinMax
+from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer
+
+from ..conftest import recipe
+
+
+def changed(path, value):
+    """The recipe adalog_w4a4 with the value at a path of keys replaced, or removed where it is None."""
+    raw = copy.deepcopy(load_recipe('adalog_w4a4'))
+    parent = raw
+    for key in path[:-1]:
+        parent = parent[key]
+    parent[path[-1]] = value
+    if value is None:
+        del parent[path[-1]]
+    return raw
+
+
+@pytest.mark.parametrize('name', recipe_names())
+@pytest.mark.parametrize(('weight', 'activation'), [(2, 2), (4, 8), (8, 3)])
+def test_recipes_on_disk(name, weight, activation):
+    raw = load_recipe(f'{name}_w{weight}a{activation}')
+    loaded = Recipe.from_dict(raw)
+    assert isinstance(raw, dict) and loaded.bits == Bits(weight, activation, activation)
+    assert loaded.name == f'{name}_w{weight}a{activation}'
+    assert set(raw['quantizers']) == set(SITES)
+    assert loaded.to_dict() == raw and Recipe.from_dict(loaded.to_dict()) == loaded
+    for site in SITES:
+        expected = 8 if site == 'image' else weight if site == 'weight' else activation
+        assert loaded.build_quantizer(site, -2).bits == expected
+
+
+def test_what_the_recipes_are():
+    assert isinstance(recipe('minmax_w4a4').build_method(), MinMax)
+    for name, base in (('adalog', None), ('log2', 37), ('logsqrt2', 18.5)):
+        loaded = recipe(f'{name}_w4a4')
+        assert isinstance(loaded.build_method(), AdaLog)
+        gelu, softmax = (loaded.build_quantizer(site, None) for site in ('post_gelu', 'post_softmax'))
+        assert isinstance(gelu, AdaLogQuantizer) and isinstance(softmax, AdaLogQuantizer)
+        assert gelu.fixed_q == softmax.fixed_q == base
+        assert (gelu.shift, gelu.fixed_scale, softmax.shift, softmax.fixed_scale) == (0.16997124254703522, None, 0, 1)
+        assert isinstance(loaded.build_quantizer('post_norm', None), UniformQuantizer)
+
+
+def test_softmax_bits_of_their_own():
+    loaded = Recipe.from_dict(changed(('bits',), dict(weight=4, activation=6, softmax=8)))
+    assert [loaded.build_quantizer(site, None).bits for site in ('weight', 'value', 'post_softmax')] == [4, 6, 8]
+
+
+def test_granularity():
+    loaded = recipe()
+    linear, conv, product = QuantLinear(4, 3), QuantConv2d(4, 3, 1), QuantMatMul()
+    loaded.equip(linear, {'input': 'post_norm', 'weight': 'weight'})
+    loaded.equip(conv, {'input': 'image', 'weight': 'weight'})
+    loaded.equip(product, {'left': 'query', 'right': 'key'})
+    axes = {role: quantizer.axis for op in (linear, conv, product) for role, quantizer in op.quantizers().items() if role != 'weight'}
+    assert axes == {'input': None, 'left': -3, 'right': -3}
+    assert (linear.weight_quantizer.axis, conv.weight_quantizer.axis) == (-2, -4)
+    assert conv.input_quantizer.bits == 8 and conv.sites == {'input': 'image', 'weight': 'weight'}
+    assert isinstance(linear, nn.Linear)
+
+
+@pytest.mark.parametrize(('path', 'value', 'named'), [
+    (('surplus',), 1, ['surplus', 'unknown']),
+    (('bits',), None, ['bits', 'missing']),
+    (('quantizers',), None, ['quantizers', 'missing']),
+    (('method',), None, ['method', 'missing']),
+    (('quantizers', 'post_layernorm'), dict(type='UniformQuantizer'), ['post_layernorm', 'post_norm']),
+    (('quantizers', 'post_gelu'), None, ["missing: ['post_gelu']"]),
+    (('bits', 'weight'), None, ['bits', 'activation']),
+    (('bits', 'gelu'), 4, ['gelu']),
+    (('bits', 'weight'), 1, ['site weight', 'from 2 to 8, not 1']),
+    (('bits', 'weight'), 9, ['site weight', 'from 2 to 8, not 9']),
+    (('bits', 'activation'), 9, ['not 9']),
+    (('bits', 'softmax'), 1, ['site post_softmax', 'not 1']),
+    (('bits', 'weight'), 4.0, ['site weight', 'not 4.0']),
+    (('bits', 'weight'), True, ['site weight', 'not True']),
+    (('quantizers', 'image', 'bits'), 16, ['site image', 'not 16']),
+    (('quantizers', 'query', 'type'), 'Unifrom', ['site query', "'Unifrom'", 'UniformQuantizer', 'AdaLogQuantizer']),
+    (('quantizers', 'query', 'type'), 'mmdet.Unknown', ['site query', "'mmdet.Unknown'"]),
+    (('quantizers', 'query', 'type'), None, ['site query', 'unknown type None']),
+    (('quantizers', 'query', 'shiftt'), 0.1, ['site query', 'shiftt']),
+    (('quantizers', 'post_softmax', 'per_head'), True, ['site post_softmax', 'axis']),
+    (('method', 'type'), 'AdaRound', ['method', "'AdaRound'", 'AdaLog', 'MinMax']),
+    (('method', 'type'), None, ['method', 'unknown type None']),
+    (('method', 'iterations'), 10, ['method', 'iterations']),
+], ids=str)
+def test_errors_name_the_thing(path, value, named):
+    with pytest.raises(QuantizationError) as error:
+        Recipe.from_dict(changed(path, value))
+    for text in named:
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize(('path', 'value', 'named'), [
+    (('bits',), 4, 'bits'),
+    (('quantizers', 'query'), 'UniformQuantizer', 'query'),
+    (('method',), 'AdaLog', 'method'),
+], ids=str)
+def test_things_that_are_no_dict_are_refused(path, value, named):
+    with pytest.raises(QuantizationError, match=named):
+        Recipe.from_dict(changed(path, value))
+
+
+@pytest.mark.parametrize(('site', 'option'), [('post_norm', 'per_channel'), ('post_gelu', 'per_channel'), ('post_norm', 'per_head'),
+                                              ('weight', 'per_head'), ('query', 'per_channel')])
+def test_granularity_that_a_site_does_not_have_is_refused(site, option):
+    with pytest.raises(QuantizationError, match=site):
+        Recipe.from_dict(changed(('quantizers', site), {'type': 'UniformQuantizer', option: True}))
+
+
+@pytest.mark.parametrize(('option', 'value'), [('candidates', 0), ('rows', 0), ('rounds', 0), ('rows', -5)])
+def test_searches_of_nothing_are_refused(option, value):
+    with pytest.raises(QuantizationError, match=option):
+        Recipe.from_dict(changed(('method', option), value))
+
+
+def test_a_checked_recipe_does_not_hang_on_the_given_dict():
+    raw = load_recipe('adalog_w4a4')
+    loaded = Recipe.from_dict(raw)
+    raw['quantizers']['query']['type'] = 'Nothing'
+    raw['method']['type'] = 'Nothing'
+    assert isinstance(loaded.build_quantizer('query', None), UniformQuantizer) and isinstance(loaded.build_method(), AdaLog)

@@ -1,0 +1,163 @@
+"""AdaLog: what its adaptive base is for, and inputs at the edge."""
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mmptq.backbones import find_spec
+from mmptq.calibration import Block, Call, calibrate, operations
+from mmptq.layers import QuantLinear, QuantMatMul
+from mmptq.methods import AdaLog, MinMax
+from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer
+
+from ..conftest import equip, image, oracle_of, quantizable, quantizers_of
+
+
+def attention(seed, windows=6, heads=2, length=49):
+    """Probabilities as Swin has them, a few peaks and a long tail, and values."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(windows, heads, length, length, generator=generator) * 2.5
+    return scores.softmax(-1), torch.randn(windows, heads, length, 8, generator=generator)
+
+
+PV = {
+    'adalog': lambda: AdaLogQuantizer(4, fixed_scale=1.0),
+    'log2': lambda: AdaLogQuantizer(4, fixed_scale=1.0, fixed_q=37),
+    'logsqrt2': lambda: AdaLogQuantizer(4, fixed_scale=1.0, fixed_q=18.5),
+    'uniform': lambda: UniformQuantizer(4),
+}
+
+
+def pv_error(left, method=None):
+    """Squared error of probabilities times values, in numpy, with a quantizer for the probabilities; the quantizer."""
+    op = equip(QuantMatMul(), left=PV[left](), right=UniformQuantizer(8, axis=-3))
+    calls = [Call(attention(seed)) for seed in (1, 2)]
+    (method or AdaLog(candidates=128, rows=10**6)).calibrate(Block('pv', op, calls, {'pv': op}))
+    error = 0
+    for call in calls:
+        p, v = (x.double().numpy() for x in call.args)
+        p_q, v_q = (oracle_of(quantizer, x) for quantizer, x in zip(op.quantizers().values(), (p, v), strict=True))
+        error += ((p_q.astype(float) @ v_q.astype(float) - p @ v)**2).sum()
+    return error, op.left_quantizer
+
+
+def test_the_adaptive_base_beats_fixed_bases_and_uniform():
+    errors = {name: pv_error(name)[0] for name in PV}
+    assert errors['adalog'] < 0.98 * min(errors['log2'], errors['logsqrt2'], errors['uniform'])
+    assert errors['uniform'] < 0.98 * pv_error('uniform', MinMax())[0]
+    quantizer = pv_error('adalog')[1]
+    assert 10 < quantizer.q < 37 and quantizer.q != 18.5 and quantizer.scale == 1
+
+
+def test_fixed_bases_stay_fixed():
+    assert pv_error('log2')[1].q == 37 and pv_error('logsqrt2')[1].q == 18.5
+
+
+def test_more_candidates_and_rounds_are_not_worse_on_their_samples():
+    few, many = (pv_error('adalog', AdaLog(candidates=count, rows=10**6))[0] for count in (4, 128))
+    assert many <= few
+
+
+def test_linear_layers_search_weight_and_input():
+    torch.manual_seed(0)
+    x = torch.randn(200, 16)**3
+    errors = {}
+    for name, method in (('minmax', MinMax()), ('one', AdaLog(rows=10**6)), ('three', AdaLog(rows=10**6, rounds=3))):
+        torch.manual_seed(1)
+        op = equip(QuantLinear.from_float(nn.Linear(16, 6)), input=UniformQuantizer(4), weight=UniformQuantizer(4, axis=-2))
+        with torch.no_grad():
+            op.weight.copy_(torch.randn(6, 16)**3)
+            target = op(x)
+            outputs = method.calibrate(Block('layer', op, [Call((x,))], {'layer': op}))
+            errors[name] = (op(x) - target).square().sum().item()
+        assert torch.equal(outputs[0], target)
+    assert errors['three'] < errors['one'] < 0.9 * errors['minmax']
+
+
+def all_finite(backbone, call):
+    with torch.no_grad():
+        return all(bool(torch.isfinite(out).all()) for out in backbone(*call.args))
+
+
+def calibrated(family, x):
+    backbone = quantizable(*family)
+    results = calibrate(backbone, find_spec(backbone).block_names(backbone), [Call((x,))], AdaLog(candidates=9, rows=32))
+    assert all(quantizer.params is not None for quantizer in quantizers_of(backbone).values())
+    return backbone, results
+
+
+def test_one_image_is_enough(family):
+    backbone, results = calibrated(family, image(45, 57))
+    assert all_finite(backbone, Call((image(50, 40, seed=9),)))
+    assert all(value > 3 for result in results for value in result.sqnr_db.values())
+
+
+@pytest.mark.parametrize('zero', [slice(1, 2), slice(0, 3)], ids=['one channel', 'all channels'])
+def test_images_with_channels_of_zeros(family, zero):
+    x = image(45, 57)
+    x[:, zero] = 0
+    backbone, _ = calibrated(family, x)
+    assert all_finite(backbone, Call((x,))) and all_finite(backbone, Call((image(45, 57),)))
+
+
+def test_an_activation_channel_of_zeros_stays_zero():
+    torch.manual_seed(0)
+    x = torch.randn(100, 8)
+    x[:, 3] = 0
+    op = equip(QuantLinear.from_float(nn.Linear(8, 4)), input=UniformQuantizer(4), weight=UniformQuantizer(4, axis=-2))
+    nn.init.zeros_(op.weight[2])
+    AdaLog().calibrate(Block('layer', op, [Call((x,))], {'layer': op}))
+    assert (op.input_quantizer(x)[:, 3] == 0).all() and (op.weight_quantizer(op.weight)[2] == 0).all()
+
+
+@pytest.mark.parametrize('left', PV)
+def test_rows_with_a_single_non_zero_are_exact(left):
+    """A window whose tokens attend to one other each: the product picks rows of the values."""
+    length = 16
+    p = torch.eye(length).flip(0).expand(3, 2, -1, -1)
+    v = torch.randn(3, 2, length, 4, generator=torch.Generator().manual_seed(0))
+    op = equip(QuantMatMul(), left=PV[left](), right=UniformQuantizer(8, axis=-3))
+    AdaLog().calibrate(Block('pv', op, [Call((p, v))], {'pv': op}))
+    assert torch.isfinite(op(p, v)).all()
+    torch.testing.assert_close(op(p, v), op.right_quantizer(v).flip(-2), rtol=1e-6, atol=1e-6)
+
+
+def test_masked_tokens_keep_no_weight():
+    """Probabilities of exactly zero, as behind a mask of -100 or -inf."""
+    p, v = attention(3)
+    p = torch.where(torch.arange(49) < 30, p, 0)
+    v = torch.where(torch.arange(49)[:, None] < 30, v, 1e6)
+    op = equip(QuantMatMul(), left=AdaLogQuantizer(4, fixed_scale=1.0))
+    AdaLog().calibrate(Block('pv', op, [Call((p, v))], {'pv': op}))
+    assert (op.left_quantizer(p)[..., 30:] == 0).all()
+
+
+def test_post_gelu_is_covered_from_its_minimum():
+    torch.manual_seed(0)
+    x = nn.functional.gelu(torch.randn(500, 12) * 2)
+    op = equip(QuantLinear.from_float(nn.Linear(12, 6)), input=AdaLogQuantizer(4, shift=0.16997124254703522),
+               weight=UniformQuantizer(8, axis=-2))
+    AdaLog(rows=10**6).calibrate(Block('fc2', op, [Call((x,))], {'fc2': op}))
+    assert np.quantile(x.numpy(), 0.9) < op.input_quantizer.scale - 0.16997124 <= x.max() + 1e-5
+    error = (op.input_quantizer(x) - x).square().mean()
+    uniform = UniformQuantizer(4)
+    uniform.set(**uniform.range_params(x.min(), x.max()))
+    assert error < 2 * (uniform(x) - x).square().mean() and (op.input_quantizer(x) >= -0.17).all()
+
+
+def test_operations_of_a_block_are_searched_on_float_inputs(family):
+    """An operation's samples do not depend on how the others were quantized."""
+    backbone = quantizable(*family)
+    name = find_spec(backbone).block_names(backbone)[1]
+    unit = backbone.get_submodule(name)
+    seen = []
+    handle = unit.register_forward_pre_hook(lambda _, args, kwargs: seen.append(Call(args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        backbone(image(45, 57))
+    handle.remove()
+    before, after = Block(name, unit, seen, operations(unit)), Block(name, unit, seen, operations(unit))
+    outputs = before.observe(32)
+    again = AdaLog(candidates=4, rows=32).calibrate(after)
+    assert torch.equal(outputs[0], again[0]) and not torch.equal(before.run()[0], outputs[0])
+    assert all(torch.equal(x, y) for key in before.samples for a, b in zip(before.samples[key], after.samples[key], strict=True)
+               for x, y in zip(a, b, strict=True))

@@ -1,0 +1,236 @@
+"""AdaLog against the table form in exact arithmetic, the equation in numpy, and its properties."""
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from mmptq.quantizers import AdaLogQuantizer
+from mmptq.quantizers.adalog import GELU_MINIMUM, Q_RANGE, decode_table
+
+from ..conftest import adalog, adalog_codes, adalog_tables, adalog_values
+
+BASES = (10, 18.5, 25, 37, 53, 100, 137)
+
+
+def decoded(quantizer):
+    """The values of all codes, the escape last."""
+    return quantizer.decode(torch.arange(quantizer.levels + 1), **quantizer.params)
+
+
+# The table form.
+
+def test_tables_by_hand():
+    shift, mantissa, largest = decode_table(torch.tensor(18.5), 16)
+    assert largest == 30
+    assert shift.tolist() == [k // 2 for k in range(16)]
+    assert mantissa.tolist() == [30, 21] * 8  # 30 / sqrt 2 = 21.2
+    shift, mantissa, _ = decode_table(torch.tensor(20.0), 4)
+    assert shift.tolist() == [0, 0, 1, 1] and mantissa.tolist() == [6, 4, 6, 4]  # 6 2^-(20/37) = 4.13, 6 2^-(3/37) = 5.67, ...23/37: 3.90
+
+
+def test_searched_bases_are_those_of_the_paper():
+    assert list(Q_RANGE) == list(range(10, 138)) and math.isclose(GELU_MINIMUM, 0.16997124254703522, abs_tol=0)
+
+
+@pytest.mark.parametrize('bits', range(2, 9))
+def test_tables_are_exact(bits):
+    for q in (*BASES, *(Q_RANGE if bits == 4 else ())):
+        shift, mantissa, largest = decode_table(torch.tensor(float(q)), 2**bits)
+        assert (shift.tolist(), mantissa.tolist(), largest) == adalog_tables(bits, q)
+
+
+@pytest.mark.parametrize('strict', [False, True])
+@pytest.mark.parametrize('scale', [1.0, 0.7312, 113.7])
+@pytest.mark.parametrize('bits', range(2, 9))
+def test_decode_is_the_table_form_bit_for_bit(bits, scale, strict):
+    for q in BASES:
+        values = decoded(adalog(bits, q, scale, strict=strict)).numpy()
+        assert values.dtype == np.float32 and np.array_equal(values, adalog_values(bits, q, scale, strict))
+
+
+def test_four_bit_mantissas_are_integers_from_15_to_30():
+    for q in Q_RANGE:
+        shift, mantissa, largest = decode_table(torch.tensor(float(q)), 16)
+        assert largest == 30 and (mantissa == mantissa.round()).all() and mantissa.min() >= 15 and mantissa.max() <= 30
+        values = decoded(adalog(4, q)).double()[:-1]
+        assert torch.equal((values * 30 * torch.exp2(shift)).round(), mantissa)
+
+
+@pytest.mark.parametrize(('q', 'base'), [(37, 2.0), (18.5, math.sqrt(2))])
+def test_log2_and_log_sqrt2_are_two_of_its_bases(q, base):
+    values = decoded(adalog(4, q, 0.8))
+    assert values[-1] == 0
+    np.testing.assert_allclose(values[:-1].numpy(), 0.8 * base**-np.arange(16.0), rtol=1e-6 if q == 37 else 1 / 60)
+
+
+# Codes and levels.
+
+@pytest.mark.parametrize('strict', [False, True])
+@pytest.mark.parametrize('bits', [2, 3, 4, 6, 8])
+def test_codes_equal_the_equation(bits, strict):
+    generator = torch.Generator().manual_seed(bits)
+    for q in BASES:
+        x = torch.exp2(-torch.rand(400, generator=generator) * 49) * 1.5  # above 1e-15, where the paper clips and we do not
+        codes, from_tie = adalog_codes(x.numpy(), q, bits, 0.9, strict)
+        clear = from_tie > 1e-3
+        assert clear.mean() > 0.9 and codes[clear].min() == 0
+        quantizer = adalog(bits, q, 0.9, strict=strict)
+        ours = quantizer.encode(x, **quantizer.params).numpy()
+        assert np.array_equal(ours[clear], codes[clear])
+        assert np.array_equal(quantizer(x).numpy(), adalog_values(bits, q, 0.9, strict)[ours])
+
+
+@pytest.mark.parametrize(('strict', 'levels'), [(False, 17), (True, 16)])
+@pytest.mark.parametrize('q', [18.5, 37, 60])
+def test_number_of_levels(q, strict, levels):
+    x = torch.cat([torch.zeros(1), torch.exp2(torch.linspace(-40, 0, 5000))])
+    found = adalog(4, q, strict=strict)(x).unique()
+    assert len(found) == levels and found[0] == 0 and found[-1] == 1
+
+
+@pytest.mark.parametrize(('strict', 'last'), [(False, 15), (True, 14)])
+@pytest.mark.parametrize('q', BASES[:-1])
+def test_what_lies_beyond_the_last_code_is_zero(q, strict, last):
+    quantizer = adalog(4, q, 2.0, strict=strict)
+    inside, beyond = (2 * 2 ** (-(last + part) * q / 37) for part in (0.49, 0.51))
+    assert quantizer(torch.tensor([inside, beyond])).tolist() == [adalog_values(4, q, 2.0)[last], 0]
+
+
+def test_values_outside_are_cut():
+    quantizer = adalog(4, 30, 2.0)
+    assert quantizer(torch.tensor([2.0, 2.5, 1e30, math.inf])).tolist() == [2] * 4
+    assert quantizer(torch.tensor([-1e-20, -1.0, -math.inf])).tolist() == [0] * 3
+
+
+@pytest.mark.parametrize('strict', [False, True])
+def test_shift_is_added_before_and_subtracted_after(strict):
+    x = torch.linspace(-GELU_MINIMUM, 3, 700)
+    quantizer = adalog(4, 25, 3.2, strict=strict, shift=GELU_MINIMUM)
+    codes, from_tie = adalog_codes(x.numpy(), 25, 4, 3.2, strict, GELU_MINIMUM)
+    clear = from_tie > 1e-3
+    values = adalog_values(4, 25, 3.2, strict, GELU_MINIMUM)
+    assert np.array_equal(quantizer(x).numpy()[clear], values[codes][clear])
+    assert quantizer(x)[0] == np.float32(-GELU_MINIMUM)
+    unshifted = adalog(4, 25, 3.2, strict=strict)
+    torch.testing.assert_close(quantizer(x), unshifted(x + GELU_MINIMUM) - GELU_MINIMUM, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(('bits', 'q'), [(2, 137), (4, 37), (4, 100), (4, 137), (6, 18.5), (6, 37), (8, 10), (8, 37)])
+def test_zero_stays_exactly_zero(bits, q):
+    assert adalog(bits, q, 0.5)(torch.zeros(4)).tolist() == [0] * 4
+
+
+# Properties.
+
+cases = given(bits=st.integers(2, 8), q=st.one_of(st.integers(10, 137), st.just(18.5)), strict=st.booleans(),
+              scale=st.floats(2**-10, 2**10, width=32), exponents=st.lists(st.floats(-60, 2, width=32), min_size=1, max_size=30))
+
+
+def logarithmic_case(bits, q, strict, scale, exponents):
+    """A quantizer, and values spread over and around its range."""
+    return adalog(bits, q, scale, strict=strict), (torch.tensor(exponents).sort().values.double().exp2() * scale).float()
+
+
+@cases
+def test_codes_are_within_range(bits, q, strict, scale, exponents):
+    quantizer, x = logarithmic_case(bits, q, strict, scale, exponents)
+    codes = quantizer.encode(torch.cat([x, -x, torch.tensor([0.0, math.inf, -math.inf])]), **quantizer.params)
+    assert codes.min() >= 0 and codes.max() <= 2**bits - strict
+
+
+@cases
+def test_monotone(bits, q, strict, scale, exponents):
+    quantizer, x = logarithmic_case(bits, q, strict, scale, exponents)
+    assert (quantizer(x).diff() >= 0).all()
+
+
+@cases
+def test_idempotent(bits, q, strict, scale, exponents):
+    assume((bits, q) != (2, 10))  # see the next test
+    quantizer, x = logarithmic_case(bits, q, strict, scale, exponents)
+    assert torch.equal(quantizer(quantizer(x)), quantizer(x))
+
+
+def test_two_bits_at_the_smallest_base_is_the_one_table_too_coarse_for_its_own_values():
+    # 6 2^-(30/37) = 3.42 is rounded to 3 = 6 2^-1, whose code is round(37/10) = 4: zero. In all others a value has its own code.
+    values = adalog(2, 10)(torch.tensor([0.57]))
+    assert values == 0.5 and adalog(2, 10)(values) == 0
+    for bits in (2, 3, 4):
+        for q in (*Q_RANGE, 18.5):
+            values = adalog_values(bits, q)
+            own = values[values > 1e-15]
+            assert np.array_equal(values[adalog_codes(own, q, bits)[0]], own) == ((bits, q) != (2, 10))
+
+
+@cases
+def test_relative_error_is_bounded_by_the_base(bits, q, strict, scale, exponents):
+    quantizer, x = logarithmic_case(bits, q, strict, scale, exponents)
+    smallest = max(2.0 ** (-(2**bits - strict - 0.5) * q / 37), 1e-15)
+    inside = x[(x.double() > scale * smallest * (1 + 1e-4)) & (x <= scale)].double()
+    ratio = quantizer(inside.float()).double() / inside
+    # Half a step of the base, and half a unit of a mantissa that is at least G/2.
+    step, mantissa = 2.0 ** (q / 74), Fraction(1, 2 * 2**bits - 2)
+    assert (ratio <= step * (1 + mantissa) * (1 + 1e-4)).all() and (ratio >= (1 - mantissa) / step * (1 - 1e-4)).all()
+
+
+# Ranges and candidates.
+
+@pytest.mark.parametrize(('low', 'high', 'options', 'scale', 'q'), [
+    (0, 3, {}, 3, 37),
+    (-5, 3, {}, 3, 37),
+    (-0.17, 3, dict(shift=0.17), 3.17, 37),
+    (0, 3, dict(fixed_scale=1.0), 1, 37),
+    (0, 3, dict(fixed_q=18.5), 3, 18.5),
+    (0, 0, {}, 1, 37),
+    (-3, -2, {}, 1, 37),
+    (-3, -2, dict(shift=0.17), 1, 37),
+    (-0.1, -0.1, dict(shift=0.25), 0.15, 37),
+    (0, 1e-42, {}, 1, 37),
+])
+def test_ranges_by_hand(low, high, options, scale, q):
+    params = AdaLogQuantizer(4, **options).range_params(torch.tensor(float(low)), torch.tensor(float(high)))
+    assert params['scale'].item() == pytest.approx(scale) and params['q'].item() == q
+
+
+def softmax_rows():
+    return torch.randn(1, 4000, generator=torch.Generator().manual_seed(1)).mul(3).softmax(-1)
+
+
+@pytest.mark.parametrize('count', [16, 64, 128])
+def test_candidates_with_a_known_scale_scan_the_bases(count):
+    candidates = AdaLogQuantizer(4, fixed_scale=1.0).candidates(softmax_rows(), count)
+    q = candidates['q'].flatten().tolist()
+    assert candidates['q'].shape == candidates['scale'].shape == (len(q), 1) and (candidates['scale'] == 1).all()
+    assert count <= len(q) <= 1.1 * count and len(set(q)) == len(q) and set(q) <= set(Q_RANGE) and max(q) > 120 and min(q) < 20 and 37 in q
+
+
+def test_candidates_with_a_fixed_base_scan_the_scales():
+    values = softmax_rows()
+    candidates = AdaLogQuantizer(4, fixed_q=37).candidates(values, 64)
+    assert (candidates['q'] == 37).all() and len(candidates['scale'].unique()) == len(candidates['scale']) > 1
+    assert candidates['scale'].max() == values.max()
+    np.testing.assert_allclose(candidates['scale'].min().item(), np.quantile(values.numpy(), 0.9), rtol=1e-5)
+
+
+def test_candidates_combine_bases_and_scales():
+    values = softmax_rows() - 0.1
+    candidates = AdaLogQuantizer(4, shift=0.17).candidates(values, 64)
+    pairs = set(zip(candidates['scale'].flatten().tolist(), candidates['q'].flatten().tolist(), strict=True))
+    scales, bases = ({pair[i] for pair in pairs} for i in (0, 1))
+    assert len(pairs) == len(candidates['q']) == len(scales) * len(bases) and 64 <= len(pairs) <= 80
+    assert max(scales) == pytest.approx(values.max().item() + 0.17)
+
+
+@pytest.mark.parametrize('value', [0.0, -2.0, 0.3])
+@pytest.mark.parametrize('options', [{}, dict(shift=0.17), dict(fixed_scale=1.0), dict(fixed_q=18.5), dict(fixed_scale=1.0, fixed_q=37)])
+def test_candidates_of_constant_values_are_usable(value, options):
+    x = torch.full((1, 60), value)
+    quantizer = AdaLogQuantizer(4, **options)
+    candidates = quantizer.candidates(x, 64)
+    assert torch.isfinite(candidates['scale']).all() and (candidates['scale'] > 0).all() and (candidates['q'] > 0).all()
+    quantizer.set(scale=candidates['scale'][0, 0], q=candidates['q'][0, 0])
+    assert torch.isfinite(quantizer(x)).all()
