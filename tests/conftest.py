@@ -74,9 +74,10 @@ def adalog_values(bits, q, scale=1.0, strict=False, shift=0.0):
 
 def adalog_codes(x, q, bits, scale=1.0, strict=False, shift=0.0):
     """Codes, in float64, and how far each is from the point where rounding changes it."""
-    ratio = np.clip((np.asarray(x, np.float64) + shift) / float(np.float32(scale)), 1e-15, 1)
-    k = -np.log2(ratio) * 37 / q
-    return np.minimum(np.rint(k), 2**bits - strict).astype(int), np.abs(k - np.floor(k) - 0.5)
+    ratio = np.clip((np.asarray(x, np.float64) + shift) / float(np.float32(scale)), 0, 1)
+    with np.errstate(divide='ignore', invalid='ignore'):  # zero is beyond all codes
+        k = -np.log2(ratio) * 37 / q
+        return np.minimum(np.rint(k), 2**bits - strict).astype(int), np.nan_to_num(np.abs(k - np.floor(k) - 0.5), nan=0.5)
 
 
 def oracle_adalog(x, q, bits, **options):

@@ -76,8 +76,10 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         type='mmptq.PTQHook', images=calib_images, seed=seed, on_test=calib_on_test, resume=resume,
         dataset=calibration_dataset(cfg, calib_cfg, calib_on_test))]
     with safe_loading():
-        runner = build_runner(cfg, recipe_cfg, scope, out, show, show_dir, wait_time, tta)
+        quantized = quantized_config(cfg, recipe_cfg, scope)
+        runner = build_runner(quantized, out, show, show_dir, wait_time, tta)
         hook = next(hook for hook in runner.hooks if isinstance(hook, PTQHook))
+        hook.config = quantized
         load_verified(inner_model(runner.model), loaded, checkpoint)
         if not is_calibrated(inner_model(runner.model)):
             hook.prepare(runner)
@@ -111,10 +113,9 @@ def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Conf
     return cfg
 
 
-def build_runner(cfg: Config, recipe: Mapping[str, Any], scope: str, out: str | None, show: bool, show_dir: str | None,
-                 wait_time: float, tta: bool) -> Runner:
-    """The Runner that calibrates and evaluates the quantized model."""
-    cfg = quantized_config(cfg, recipe, scope)
+def build_runner(cfg: Config, out: str | None, show: bool, show_dir: str | None, wait_time: float, tta: bool) -> Runner:
+    """The Runner that calibrates and evaluates the quantized model of a config."""
+    cfg = cfg.copy()
     if show or show_dir:
         draw_predictions(cfg, show, show_dir, wait_time)
     if out:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -54,6 +55,7 @@ class PTQHook(Hook):
         self.resume = resume
         self.summary: dict[str, Any] = {}
         self.float_result: dict[str, Any] | None = None
+        self.config: Config | None = None  # what quantized.py is to hold, if not the Runner's config
         self._images: CalibrationSet | None = None
         self._loaded: dict[str, Any] = {}
         self._started = 0.0
@@ -133,13 +135,25 @@ class PTQHook(Hook):
         about = {key: value for key, value in self.summary.items() if key not in ('float', 'quantized')}
         state = {key: value.cpu() for key, value in model.state_dict().items()}
         save_atomically({'meta': {**meta, 'mmptq': about}, 'state_dict': state}, work_dir / 'quantized.pth')
-        write_atomically(work_dir / 'quantized.py', lambda temporary: Path(temporary).write_text(runner.cfg.pretty_text))
+        config = portable_config(self.config or runner.cfg)
+        write_atomically(work_dir / 'quantized.py', lambda temporary: Path(temporary).write_text(config.pretty_text))
         runner.logger.info(f'wrote {work_dir / "quantized.pth"} and {work_dir / "quantized.py"}')
 
     def _write_summary(self, runner: Runner) -> None:
         if is_main_process():
             write_atomically(Path(runner.work_dir) / 'summary.json',
                              lambda temporary: Path(temporary).write_text(json.dumps(self.summary, indent=2) + '\n'))
+
+
+def portable_config(cfg: Config) -> Config:
+    """A config without what belongs to one run: where it wrote, what it loaded, whether it resumed."""
+    cfg = cfg.copy()
+    for key in ('work_dir', 'load_from'):
+        cfg.pop(key, None)
+    for hook in cfg.custom_hooks:
+        if hook['type'] == 'mmptq.PTQHook':
+            hook.pop('resume', None)
+    return cfg
 
 
 def test_result(metrics: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:

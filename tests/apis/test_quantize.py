@@ -48,10 +48,11 @@ def test_summary_on_disk_is_the_one_returned_and_complete(task, quantized):
     assert not (work_dir / 'calibration_progress.pth').exists()
 
 
-def test_every_layer_has_a_row_with_its_quantizer_or_its_reason(task, quantized):
+def test_every_layer_has_a_row_with_its_quantizer_or_its_reason(quantized, tmp_path):
     work_dir, summary = quantized
-    with safe_loading():
-        model = Runner.from_cfg(Config.fromfile(work_dir / 'quantized.py')).model
+    cfg = Config.fromfile(work_dir / 'quantized.py')
+    cfg.work_dir = str(tmp_path)
+    model = Runner.from_cfg(cfg).model
     layers = {name for name, module in model.named_modules()
               if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d))}
     rows = {row['name']: row for row in summary['layers']}
@@ -85,6 +86,12 @@ def test_reloaded_model_is_equal_to_the_last_bit_and_does_not_calibrate(task, qu
         if isinstance(module, Quantizer):
             module.clear()
     assert not all(torch.equal(a, b) for a, b in zip(first, runner.model.backbone(x), strict=True))
+
+
+def test_quantized_config_belongs_to_no_run(task, quantized):
+    cfg = Config.fromfile(quantized[0] / 'quantized.py')
+    assert 'work_dir' not in cfg and 'load_from' not in cfg and cfg.model.backbone.type == 'mmptq.QuantBackbone'
+    assert str(quantized[0]) not in (quantized[0] / 'quantized.py').read_text()
 
 
 def test_stock_test_tool_runs_on_the_quantized_config(task, quantized, tmp_path):

@@ -206,6 +206,19 @@ def test_keyword_arguments_are_kept():
     assert torch.equal(found['b'][0].kwargs['input1'], x)
 
 
+def test_masks_of_minus_infinity_are_passed_on():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Identity(), nn.Bilinear(4, 4, 3)
+
+        def forward(self, x):
+            return self.b(self.a(x), torch.full_like(x, -torch.inf).tril(-1))
+
+    inputs = [Call((torch.randn(2, 4),))]
+    assert same(run_through(Masked(), 'ab', inputs)['b'][0], ordinary(Masked(), 'ab', inputs)['b'][0])
+
+
 class Skip(Script):
     """The last block needs what the first one gave."""
 

@@ -62,6 +62,19 @@ def test_large_tensors_with_parameters_along_any_axis(shape, axis):
         assert torch.equal(quantizer(x).select(axis, index), alone(part))
 
 
+@pytest.mark.parametrize('layout', ['small', 'permuted'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('name', CALIBRATED)
+def test_other_dtypes_are_kept(name, dtype, layout):
+    """Activations under autocast are of half precision, parameters are not."""
+    torch.manual_seed(1)
+    quantizer, x = CALIBRATED[name](), LAYOUTS[layout]().to(dtype)
+    out = quantizer(x)
+    assert out.dtype == dtype
+    same = (out.float() - quantizer(x.float())).abs() <= 0.01 * out.float().abs() + 1e-3  # not where rounding tips over
+    assert same.double().mean() > 0.9
+
+
 def test_scalars():
     for quantizer in (uniform(-1, 1), adalog(4, 37)):
         x = torch.tensor(0.3)
