@@ -171,10 +171,10 @@ class Stream:
                     pass
             if not reached:
                 raise self._misfit(f'block {name} did not run after the blocks before it')
-            if self.position and not _is_finite((reached[0].args, reached[0].kwargs)):
+            if self.position and _has_nan((reached[0].args, reached[0].kwargs)):
                 before = self.names[self.position - 1]
-                if not _is_finite(self.outputs[index]):
-                    raise QuantizationError(f'block {before} gives outputs that are NaN or infinite; check the checkpoint and the '
+                if _has_nan(self.outputs[index]):
+                    raise QuantizationError(f'block {before} gives outputs that are NaN; check the checkpoint and the '
                                             'calibration images')
                 raise self._misfit(f'block {name} needs more than the outputs of block {before}')
             calls.append(reached[0])
@@ -244,5 +244,5 @@ def _hollow(x: Any) -> Any:
     return x.new_full((), float('nan') if x.is_floating_point() else 0).expand(x.shape)
 
 
-def _is_finite(tree: Any) -> bool:
-    return all(bool(torch.isfinite(x).all()) for x in tree_flatten(tree)[0] if isinstance(x, Tensor))
+def _has_nan(tree: Any) -> bool:
+    return any(bool(torch.isnan(x).any()) for x in tree_flatten(tree)[0] if isinstance(x, Tensor))

@@ -31,16 +31,16 @@ class RouteProducts(TorchFunctionMode):
         self.products = [qk, pv]
         self.count = 0
 
-    def route(self, left: Tensor, right: Tensor) -> Tensor:
-        """The next of the two products."""
+    def route(self, input: Tensor, other: Tensor) -> Tensor:
+        """The next of the two products; the arguments are called as those of torch.matmul."""
         self.count += 1
-        if left.ndim < 4:
-            raise QuantizationError(f'{self.name} multiplies tensors of shape {tuple(left.shape)}; quantized attention expects '
+        if input.ndim < 4:
+            raise QuantizationError(f'{self.name} multiplies tensors of shape {tuple(input.shape)}; quantized attention expects '
                                     '(batch, heads, rows, columns)')
         if self.count > 2:
             raise QuantizationError(f'{self.name} multiplies more than two pairs of tensors; quantized attention expects '
                                     'exactly two: queries with keys, then probabilities with values')
-        return self.products[self.count - 1](left, right)
+        return self.products[self.count - 1](input, other)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:

@@ -98,7 +98,7 @@ class AdaLogQuantizer(Quantizer):
 
         def chain(piece: Tensor, out: Tensor) -> None:
             codes = encode_adalog(piece + self.shift if self.shift else piece, scale, q, zero_code)
-            if out.is_contiguous() and codes.is_contiguous():
+            if out.is_contiguous() and codes.is_contiguous() and out.dtype == values.dtype:
                 torch.index_select(values, 0, codes.view(-1), out=out.view(-1))
             else:
                 out.copy_(values[codes])

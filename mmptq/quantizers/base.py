@@ -75,16 +75,18 @@ class Quantizer(nn.Module):
         return None if any(value is None for value in params.values()) else params
 
     def set(self, **params: Tensor) -> None:
-        """Sets all parameters; each must be finite.
+        """Sets all parameters; each must be finite, and a scale positive.
 
         Raises:
-            ValueError: If a parameter is missing, unknown or not finite.
+            ValueError: If a parameter is missing, unknown, not finite, or a scale that is not positive.
         """
         if set(params) != set(self.param_names):
             raise ValueError(f'{type(self).__name__} takes the parameters {self.param_names}, not {tuple(params)}')
         for name, value in params.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f'{type(self).__name__}: {name} is not finite')
+            if name == 'scale' and not (value > 0).all():
+                raise ValueError(f'{type(self).__name__}: scale is not positive')
             setattr(self, name, value.detach().clone())
 
     def clear(self) -> None:
@@ -142,7 +144,9 @@ class Quantizer(nn.Module):
         # A buffer that is None is not in the module's state: make room for what the checkpoint brings.
         for name in self.param_names:
             value = state_dict.get(prefix + name)
-            if value is not None and getattr(self, name) is None:
+            if value is not None and value.ndim != (0 if self.axis is None else -self.axis):
+                args[-1].append(f'{prefix}{name}: shape {tuple(value.shape)} does not fit {self}')
+            elif value is not None and getattr(self, name) is None:
                 setattr(self, name, torch.empty_like(value, device=self.place.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
