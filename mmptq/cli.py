@@ -73,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         run_quantize(args)
-    except QuantizationError as error:
+    except (QuantizationError, OSError) as error:
         print(f'mmptq: error: {error}', file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print('mmptq: interrupted; the same command with --resume goes on after the last calibrated block', file=sys.stderr)
+        return 130
     return 0

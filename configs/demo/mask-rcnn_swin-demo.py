@@ -1,10 +1,8 @@
-"""Mask R-CNN on a thin Swin (1.5 M parameters in the backbone), the demo's data: 6 kinds of objects.
+"""Mask R-CNN on a thin Swin (1.5 M parameters in the backbone), the demo's data: 3 kinds of objects, told by texture.
 
-Stock mmdet. demo/mask-rcnn_swin-demo.pth, on the val split (100 images): box AP 0.484, mask AP 0.501.
-Its last 2000 iterations, those of demo/mask-rcnn_swin-demo.log:
-    python demo/train.py configs/demo/mask-rcnn_swin-demo.py --load-from EARLIER.pth
-EARLIER.pth is not kept: 1500 iterations on drafts of the data with other shapes and sizes, after the backbone had learnt
-1000 iterations of UperNet. With --load-from demo/upernet_swin-demo.pth the backbone starts from the demo's UperNet.
+Stock mmdet. demo/mask-rcnn_swin-demo.pth, on the val split (100 images): box AP 0.659, mask AP 0.736.
+Its training, 2600 iterations, seed 0, log demo/mask-rcnn_swin-demo.log; the backbone starts from that of the demo's UperNet:
+    python demo/train.py configs/demo/mask-rcnn_swin-demo.py --load-from demo/upernet_swin-demo.pth --threads 1
 """
 custom_imports = dict(
     imports=['mmdet.models', 'mmdet.datasets', 'mmdet.evaluation', 'mmdet.engine', 'mmdet.visualization'],

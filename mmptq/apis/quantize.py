@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +60,24 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         QuantizationError: If something does not fit; before long work where it can be known.
     """
     recipe_cfg = load_recipe(recipe)
+    checkpoint = str(checkpoint)
     if scope not in SCOPES:
         raise QuantizationError(f'unknown scope {scope!r}: it is one of {", ".join(SCOPES)}')
-    cfg = load_config(config).copy() if isinstance(config, str) else config.copy()
+    if not 0 <= seed < 2**63:
+        raise QuantizationError(f'seed {seed}: it is a number from 0 to 2^63 - 1')
+    cfg = deepcopy(config) if isinstance(config, Config) else load_config(str(config))
     if cfg_options:
         cfg.merge_from_dict(dict(cfg_options))
     cfg.launcher = launcher
+    clean_config(cfg)
     stem = Path(cfg.filename).stem if cfg.filename else 'model'
-    cfg.work_dir = work_dir or cfg.get('work_dir') or os.path.join('work_dirs', f'{stem}_{recipe_cfg["name"]}')
+    cfg.work_dir = str(work_dir or '') or cfg.get('work_dir') or os.path.join('work_dirs', f'{stem}_{recipe_cfg["name"]}')
     check_writable(Path(cfg.work_dir))
     cfg.load_from = checkpoint
     cfg.resume = False
     loaded = load_file(checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(
+    cfg.custom_hooks = [*cfg.custom_hooks, dict(
         type='mmptq.PTQHook', images=calib_images, seed=seed, on_test=calib_on_test, resume=resume,
         dataset=calibration_dataset(cfg, calib_cfg, calib_on_test))]
     with safe_loading():
@@ -90,7 +95,25 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         else:
             runner.load_or_resume()
             hook.before_test(runner)
+            hook.forget_progress(runner)
     return hook.summary
+
+
+def clean_config(cfg: Config) -> None:
+    """Makes a config fit for a test: one evaluation, no PTQHook of its own.
+
+    Raises:
+        QuantizationError: If it averages weights in a hook.
+    """
+    if not cfg.get('test_dataloader'):
+        for kind in ('dataloader', 'evaluator'):
+            cfg[f'test_{kind}'] = deepcopy(cfg.get(f'val_{kind}'))
+        cfg.test_cfg = dict(type='TestLoop') if cfg.test_dataloader else None
+    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != 'mmptq.PTQHook']
+    if any(str(hook['type']).endswith('EMAHook') for hook in hooks):
+        raise QuantizationError('the config has an EMAHook, which would exchange the weights after their calibration; remove it from '
+                                'custom_hooks, and give a checkpoint whose state_dict holds the averaged weights')
+    cfg.custom_hooks = hooks
 
 
 def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Config:
@@ -99,7 +122,7 @@ def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Conf
     Raises:
         QuantizationError: If its model has no backbone.
     """
-    cfg = cfg.copy()
+    cfg = deepcopy(cfg)
     model: Any = cfg.get('model')
     if not isinstance(model, ConfigDict) or 'backbone' not in model:
         raise QuantizationError('the config defines no model with a backbone')
@@ -114,15 +137,24 @@ def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Conf
 
 
 def build_runner(cfg: Config, out: str | None, show: bool, show_dir: str | None, wait_time: float, tta: bool) -> Runner:
-    """The Runner that calibrates and evaluates the quantized model of a config."""
-    cfg = cfg.copy()
+    """The Runner that calibrates and evaluates the quantized model of a config.
+
+    Raises:
+        QuantizationError: If the config cannot be built.
+    """
+    cfg = deepcopy(cfg)
     if show or show_dir:
         draw_predictions(cfg, show, show_dir, wait_time)
     if out:
         dump_predictions(cfg, out)
     if tta:
         test_time_augmentation(cfg)
-    return Runner.from_cfg(cfg)
+    try:
+        return Runner.from_cfg(cfg)
+    except QuantizationError:
+        raise
+    except Exception as error:  # what a config names may raise anything
+        raise QuantizationError(f'the config cannot be built: {type(error).__name__}: {error}') from error
 
 
 class _Evaluation(Hook):
@@ -137,7 +169,7 @@ class _Evaluation(Hook):
 
 def evaluate_float(cfg: Config, tta: bool = False) -> dict[str, Any]:
     """Metrics and seconds of the float model of a config, unwrapped, with the checkpoint of ``load_from``."""
-    cfg = cfg.copy()
+    cfg = deepcopy(cfg)
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != 'mmptq.PTQHook']
     cfg.work_dir = os.path.join(cfg.work_dir, 'float')
     if tta:

@@ -12,7 +12,7 @@ def draw_predictions(cfg: Config, show: bool, show_dir: str | None, wait_time: f
     """Turns the visualization hook of a config on (``--show``, ``--show-dir``)."""
     kind = 'SegVisualizationHook' if cfg.get('default_scope') == 'mmseg' else 'DetVisualizationHook'
     hooks = cfg.setdefault('default_hooks', ConfigDict())
-    hook = hooks.setdefault('visualization', ConfigDict(type=kind))
+    hook = hooks.setdefault('visualization', ConfigDict(type=kind, interval=1))
     hook.draw = True
     if show:
         hook.show, hook.wait_time = True, wait_time
@@ -30,8 +30,9 @@ def dump_predictions(cfg: Config, out: str) -> None:
         QuantizationError: If the name does not fit.
     """
     if cfg.get('default_scope') == 'mmseg':
-        cfg.test_evaluator.output_dir = out
-        cfg.test_evaluator.keep_results = True
+        for evaluator in cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]:
+            if evaluator['type'] == 'IoUMetric':
+                evaluator.output_dir, evaluator.keep_results = out, True
         return
     if not out.endswith(('.pkl', '.pickle')):
         raise QuantizationError(f'--out {out}: predictions of a detector go to a .pkl or .pickle file')

@@ -7,6 +7,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
 from ..errors import QuantizationError
+from ..quantizers import Quantizer
 from ..registry import MODELS
 from .convert import ConversionReport, convert, convert_layers, layers_with_products
 from .presets import load_recipe
@@ -15,6 +16,15 @@ from .spec import Site, find_spec
 
 TRAINING_ONLY = ('auxiliary_head.',)
 """Parts of a segmentor that a test does not run."""
+
+
+def refuse_half(module: nn.Module, incompatible_keys: object) -> None:
+    """After a checkpoint was loaded: raises QuantizationError if it calibrated some quantizers and others not."""
+    quantizers = {name: child for name, child in module.named_modules() if isinstance(child, Quantizer)}
+    absent = [f'{name}.{key}' for name, child in quantizers.items() for key in child.param_names if getattr(child, key) is None]
+    if absent and any(quantizer.params is not None for quantizer in quantizers.values()):
+        raise QuantizationError(f'the checkpoint lacks parameters of quantizers: {", ".join(absent[:5])}'
+                                + (f' and {len(absent) - 5} more' if len(absent) > 5 else ''))
 
 
 @MODELS.register_module()
@@ -33,6 +43,7 @@ def QuantBackbone(backbone: dict[str, Any], recipe: str | dict[str, Any]) -> nn.
     """
     checked = Recipe.from_dict(load_recipe(recipe))
     built = MMENGINE_MODELS.build(backbone)
+    built.register_load_state_dict_post_hook(refuse_half)
     built.quantization = convert(built, find_spec(built), checked)
     return built
 
@@ -53,6 +64,7 @@ def QuantModel(model: dict[str, Any], recipe: str | dict[str, Any]) -> nn.Module
     """
     checked = Recipe.from_dict(load_recipe(recipe))
     built = MMENGINE_MODELS.build(model)
+    built.register_load_state_dict_post_hook(refuse_half)
     if not isinstance(getattr(built, 'backbone', None), nn.Module):
         raise QuantizationError(f'{type(built).__name__} has no backbone')
     backbone = convert(built.backbone, find_spec(built.backbone), checked)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from ..errors import QuantizationError
 from .recipe import Recipe
@@ -66,4 +66,5 @@ def _read(path: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
         raise QuantizationError(f'{path} does not define `recipe`')
     if changes:
         cfg.merge_from_dict({'recipe': changes})
-    return Recipe.from_dict(cfg.recipe.to_dict()).to_dict()
+    recipe = cfg.recipe.to_dict() if isinstance(cfg.recipe, Config | ConfigDict) else cfg.recipe
+    return Recipe.from_dict(recipe).to_dict()

@@ -57,6 +57,9 @@ class Recipe:
         Raises:
             QuantizationError: If a key, site, type or number of bits is unknown, naming it.
         """
+        _require_dict(recipe, 'it')
+        if not isinstance(recipe.get('name', ''), str):
+            raise QuantizationError(f'recipe: name is to be text, not {recipe["name"]!r}')
         unknown = set(recipe) - {'name', 'bits', 'quantizers', 'method'}
         missing = {'bits', 'quantizers', 'method'} - set(recipe)
         if unknown or missing:

@@ -57,7 +57,7 @@ def read_file(path: str | Path) -> Any:
         QuantizationError: If it is missing, broken, or needs code to be read.
     """
     if not Path(path).is_file():
-        raise QuantizationError(f'checkpoint {path} does not exist')
+        raise QuantizationError(f'checkpoint {path} ' + ('is no file' if Path(path).exists() else 'does not exist'))
     try:
         with safe_loading():
             return torch.load(path, map_location='cpu', weights_only=True)
@@ -77,7 +77,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     if isinstance(checkpoint, dict) and 'state_dict' not in checkpoint:
         checkpoint = {'state_dict': checkpoint}
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint['state_dict'], Mapping) or not all(
-            isinstance(value, Tensor) for value in checkpoint['state_dict'].values()):
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in checkpoint['state_dict'].items()):
         raise QuantizationError(f'{path} holds no state_dict')
     return checkpoint
 
@@ -100,6 +100,8 @@ def load_checked(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     state = {re.sub(r'^module\.', '', key): value for key, value in state_dict.items()}
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
+    except QuantizationError as error:
+        raise QuantizationError(f'{source}: {error}') from None
     except RuntimeError as error:
         mismatches = [line.strip() for line in str(error).splitlines()[1:]]
         raise QuantizationError(f'{source} is of another model: {_some(mismatches)}') from None

@@ -41,7 +41,7 @@ class CalibrationSet:
             try:
                 item = prepare(index)
             except Exception as error:  # a pipeline may raise anything
-                raise QuantizationError(f'calibration image {path} cannot be read: {error}') from error
+                raise QuantizationError(f'calibration image {path} cannot be read, or prepared by the test pipeline: {error}') from error
             if item is None:
                 raise QuantizationError(f'calibration image {path} cannot be read: the test pipeline returns nothing for it')
             yield pseudo_collate([item])
@@ -93,8 +93,8 @@ def build_calibration_set(dataset: Mapping[str, Any], images: int, seed: int, ev
         raise QuantizationError(f'the calibration set is empty: {images} images were asked for, 1 is the least')
     try:
         built = DATASETS.build(dict(dataset))
-    except (OSError, ValueError) as error:
-        raise QuantizationError(f'the calibration data set cannot be built, or is empty: {error}') from error
+    except Exception as error:  # a data set may raise anything
+        raise QuantizationError(f'the calibration data set cannot be built, or is empty: {type(error).__name__}: {error}') from error
     if not len(built):
         raise QuantizationError(f'the calibration set is empty: {type(built).__name__} found no image; check its data_root and '
                                 'ann_file, or name another one with --calib-cfg')

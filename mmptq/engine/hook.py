@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class PTQHook(Hook):
         surplus = load_verified(model, checkpoint, str(runner.cfg.get('load_from', 'the checkpoint')))
         if surplus:
             runner.logger.warning(f'the checkpoint has keys that the model does not: {", ".join(surplus)}')
-        meta = checkpoint.get('meta') or {}
+        meta = checkpoint.get('meta')
+        meta = meta if isinstance(meta, Mapping) else {}
         self._loaded = {'dataset_meta': meta.get('dataset_meta'), 'mmptq': meta.get('mmptq')}
 
     def prepare(self, runner: Runner) -> None:
@@ -78,8 +80,9 @@ class PTQHook(Hook):
         """
         try:
             evaluated = runner.test_loop.dataloader.dataset
-        except (OSError, ValueError) as error:
-            raise QuantizationError(f'the test data set of the config cannot be built: {error}') from error
+        except Exception as error:  # what a config names may raise anything
+            reason = f'{type(error).__name__}: {error}'
+            raise QuantizationError(f'the test data set or metric of the config cannot be built: {reason}') from error
         dataset = self.dataset or calibration_dataset(runner.cfg, self.calib_cfg, self.on_test)
         self._images = build_calibration_set(dataset, self.images, self.seed, evaluated, self.on_test)
         for _ in self._images.batches():
@@ -92,10 +95,16 @@ class PTQHook(Hook):
         if is_calibrated(model):
             runner.logger.info('the checkpoint is calibrated: no calibration')
             if not self.summary:
-                self.summary = {**self._loaded['mmptq'], 'float': self.float_result, 'quantized': None}
+                made = self._loaded['mmptq']
+                self.summary = {**made, 'float': self.float_result or made.get('float'), 'quantized': None}
         else:
             self._calibrate(runner, model)
         self._write_summary(runner)
+
+    def before_val(self, runner: Runner) -> None:
+        """Raises QuantizationError if the model is not calibrated: only a test calibrates."""
+        if not is_calibrated(inner_model(runner.model)):
+            raise QuantizationError('the quantized model is not calibrated, and a validation does not do that; run a test')
 
     def before_test_epoch(self, runner: Runner) -> None:
         """Starts the clock."""
@@ -105,6 +114,10 @@ class PTQHook(Hook):
         """Writes the quantized metrics."""
         self.summary['quantized'] = test_result(metrics, time.perf_counter() - self._started)
         self._write_summary(runner)
+        self.forget_progress(runner)
+
+    def forget_progress(self, runner: Runner) -> None:
+        """Removes the progress of a run that is done."""
         if is_main_process():
             (Path(runner.work_dir) / PROGRESS).unlink(missing_ok=True)
 
@@ -132,7 +145,7 @@ class PTQHook(Hook):
     def _save(self, runner: Runner, model: Any) -> None:
         work_dir = Path(runner.work_dir)
         meta = {key: value for key, value in (('dataset_meta', self._loaded.get('dataset_meta')),) if value}
-        about = {key: value for key, value in self.summary.items() if key not in ('float', 'quantized')}
+        about = {key: value for key, value in self.summary.items() if key != 'quantized'}
         state = {key: value.cpu() for key, value in model.state_dict().items()}
         save_atomically({'meta': {**meta, 'mmptq': about}, 'state_dict': state}, work_dir / 'quantized.pth')
         config = portable_config(self.config or runner.cfg)
@@ -147,7 +160,7 @@ class PTQHook(Hook):
 
 def portable_config(cfg: Config) -> Config:
     """A config without what belongs to one run: where it wrote, what it loaded, whether it resumed."""
-    cfg = cfg.copy()
+    cfg = deepcopy(cfg)
     for key in ('work_dir', 'load_from'):
         cfg.pop(key, None)
     for hook in cfg.custom_hooks:
@@ -180,7 +193,10 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
             not finite.
     """
     report = quantization(model)
-    made = (checkpoint.get('meta') or {}).get('mmptq')
+    meta = checkpoint.get('meta')
+    made = meta.get('mmptq') if isinstance(meta, Mapping) else None
+    if made and not (isinstance(made, Mapping) and {'scope', 'recipe', 'bits', 'calibration', 'size', 'layers'} <= set(made)):
+        raise QuantizationError(f'{source} does not say how it was quantized; it was not written by this version of mmptq')
     if made and (made['scope'] != report.scope or made['recipe'] != report.recipe.to_dict()):
         raise QuantizationError(f'{source} was quantized with recipe {made["recipe"]["name"]}, bits {made["bits"]}, scope {made["scope"]}, '
                                 'and not as asked for; use the float checkpoint, or that recipe and scope')

@@ -39,6 +39,6 @@ def load_progress(path: Path, identity: str) -> dict[str, BlockResult]:
     if not path.exists():
         return {}
     content = read_file(path)
-    if content.get('identity') != identity:
+    if not isinstance(content, dict) or content.get('identity') != identity:
         raise QuantizationError(f'{path} is of a run with another checkpoint, recipe, seed or other images; remove it, or do not --resume')
     return {block['name']: BlockResult(**block) for block in content['blocks']}

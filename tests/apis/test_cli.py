@@ -43,6 +43,7 @@ def is_one_line(error, *parts):
     (['--method', 'minmax', '--recipe', 'minmax_w4a4'], ['not both']),
     (['--calib-images', '0'], ['empty']),
     (['--calib-images', '-3'], ['empty']),
+    (['--seed', '-1'], ['seed -1']),
     (['--calib-cfg', 'absent.py'], ['absent.py', 'does not exist']),
 ])
 def test_wrong_arguments_end_at_once(run, args, parts, tmp_path):
@@ -130,6 +131,19 @@ def test_empty_or_unreadable_calibration_data(run, upernet, tmp_path):
     cv2.imwrite(str(masks / 'broken.png'), np.ones((8, 8), np.uint8))
     code, error = run('--calib-cfg', str(config))
     assert code == 2 and is_one_line(error, 'broken.jpg', 'cannot be read')
+
+
+@pytest.mark.parametrize('text, part', [('recipe = [1]', 'dict'), ('recipe = dict(name=[1])', 'name'), ('nothing = 1', 'does not define')])
+def test_recipe_files_that_hold_no_recipe(run, tmp_path, text, part):
+    (tmp_path / 'recipe.py').write_text(text + '\n')
+    assert is_one_line(run('--recipe', str(tmp_path / 'recipe.py'))[1], part)
+
+
+def test_config_with_an_unknown_argument_or_type(run, upernet, tmp_path):
+    config = tmp_path / 'typo.py'
+    for text in ('model = dict(colour=1)', *(f'{kind}_dataloader = dict(dataset=dict(colour=1))' for kind in ('train', 'test'))):
+        config.write_text(f'_base_ = {upernet.config!r}\n{text}\n')
+        assert is_one_line(run(config=config)[1], 'cannot be built', 'colour')
 
 
 def test_data_of_the_config_that_is_not_there(run, upernet, tmp_path):

@@ -252,3 +252,58 @@ def test_a_config_with_the_backbone_wrapper_and_the_hook_needs_no_tool_of_ours(t
     assert summary['quantized']['metrics'] == {name: float(value) for name, value in metrics.items()}
     kinds = {row['site']: row['quantizer'] for row in summary['layers'] if row['quantizer']}
     assert kinds['post_gelu']['input'] == kinds['post_softmax/value']['left'] == 'AdaLogQuantizer'
+
+
+def test_the_given_config_is_not_changed_and_the_float_run_is_float(upernet, tmp_path):
+    cfg = Config.fromfile(upernet.config)
+    before = cfg.pretty_text
+    settings = dict(cfg_options=FEW, calib_images=1)
+    first = quantize(cfg, upernet.checkpoint, 'minmax_w3a3', work_dir=str(tmp_path / 'a'), **settings)
+    assert cfg.pretty_text == before
+    assert 'mmptq' not in next((tmp_path / 'a' / 'float').glob('*.py')).read_text()
+    again = quantize(cfg, str(tmp_path / 'a' / 'quantized.pth'), 'minmax_w3a3', work_dir=str(tmp_path / 'b'), **settings)
+    assert again['float']['metrics'] == first['float']['metrics'] != again['quantized']['metrics'] == first['quantized']['metrics']
+
+
+def test_predictions_are_those_of_the_quantized_model_and_not_part_of_its_config(upernet, tmp_path):
+    summary = quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', work_dir=str(tmp_path / 'w'), cfg_options=FEW, calib_images=1,
+                       out=str(tmp_path / 'predictions'), show_dir=str(tmp_path / 'painted'))
+    assert summary['float'] and len(list((tmp_path / 'predictions').glob('*.png'))) == 6 and list((tmp_path / 'painted').rglob('*.*g'))
+    text = (tmp_path / 'w' / 'quantized.py').read_text()
+    assert 'predictions' not in text and 'painted' not in text and 'keep_results' not in text
+
+
+def test_a_half_calibrated_backbone_is_refused_without_the_hook_too(quantized, tmp_path):
+    work_dir, _ = quantized
+    checkpoint = torch.load(work_dir / 'quantized.pth', weights_only=True)
+    for key in [key for key in checkpoint['state_dict'] if '_quantizer' in key][:40]:
+        del checkpoint['state_dict'][key]
+    torch.save(checkpoint, tmp_path / 'half.pth')
+    cfg = Config.fromfile(work_dir / 'quantized.py')
+    cfg.custom_hooks = []
+    with pytest.raises(QuantizationError, match='lacks parameters of quantizers'):
+        stock_test(cfg, tmp_path / 'half.pth', tmp_path)
+
+
+def test_a_validation_does_not_pass_off_the_float_model(upernet, tmp_path):
+    cfg = Config.fromfile(upernet.config.replace('.py', '_adalog-w4a4.py'))
+    cfg.work_dir, cfg.load_from = str(tmp_path), upernet.checkpoint
+    with safe_loading(), pytest.raises(QuantizationError, match='not calibrated'):
+        Runner.from_cfg(cfg).val()
+
+
+def test_hooks_of_the_config_do_not_get_in_the_way(upernet, tmp_path):
+    settings = dict(work_dir=str(tmp_path), calib_images=1, evaluate=False)
+    own = {'custom_hooks': [dict(type='mmptq.PTQHook', images=3)]}
+    assert quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', cfg_options={**FEW, **own}, **settings)['calibration']['images'] == 1
+    assert not (tmp_path / 'calibration_progress.pth').exists()
+    with pytest.raises(QuantizationError, match='EMAHook'):
+        quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', cfg_options={**FEW, 'custom_hooks': [dict(type='EMAHook')]}, **settings)
+
+
+def test_a_config_with_a_validation_only(upernet, tmp_path):
+    cfg = Config.fromfile(upernet.config)
+    cfg.merge_from_dict({'val_dataloader.dataset.indices': 3})
+    cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
+    summary = quantize(cfg, Path(upernet.checkpoint), 'minmax_w8a8', work_dir=tmp_path, calib_images=1, float_eval=False)
+    assert summary['quantized']['metrics']['mIoU'] > 0
