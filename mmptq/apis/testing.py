@@ -18,7 +18,8 @@ def draw_predictions(cfg: Config, show: bool, show_dir: str | None, wait_time: f
         hook.show, hook.wait_time = True, wait_time
     if show_dir and cfg.get('default_scope') == 'mmseg':
         cfg.setdefault('visualizer', ConfigDict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')]))
-        cfg.visualizer.save_dir = show_dir
+        # mmengine keeps visualizers by name for the life of the process: one of before would paint elsewhere.
+        cfg.visualizer.save_dir, cfg.visualizer.name = show_dir, f'visualizer of {show_dir}'
     elif show_dir:
         hook.test_out_dir = show_dir
 
