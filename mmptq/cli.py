@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from mmengine.config import DictAction
+from mmengine.dist import is_main_process
 from rich.console import Console
 
 from .analysis.summary import result_table
@@ -58,6 +59,8 @@ def run_quantize(args: argparse.Namespace) -> None:
         launcher=args.launcher, calib_images=args.calib_images, calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, seed=args.seed,
         float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, out=args.out, show=args.show, show_dir=args.show_dir,
         wait_time=args.wait_time, tta=args.tta)
+    if not is_main_process():
+        return
     console = Console()
     if not console.is_terminal:
         console.width = 120
