@@ -13,7 +13,7 @@ from mmptq.apis import compare
 
 DEMO = Path(__file__).resolve().parent
 MODELS = ('mask-rcnn_swin-demo', 'upernet_swin-demo')
-RECIPES = ('minmax_w8a8', 'adalog_w8a8', 'minmax_w4a4', 'adalog_w4a4')
+RECIPES = ('minmax_w8a8', 'adalog_w8a8_fast', 'minmax_w4a4', 'adalog_w4a4_fast')
 
 
 def main() -> None:

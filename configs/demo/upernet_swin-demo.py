@@ -1,11 +1,11 @@
 """UperNet on a thin Swin (1.5 M parameters in the backbone), the demo's data: 6 kinds of objects, 3 of ground.
 
-Stock mmsegmentation. demo/upernet_swin-demo.pth, on the val split (100 images): mIoU 60.39, aAcc 88.56.
-Its last 2500 iterations, those of demo/upernet_swin-demo.log:
-    python demo/train.py configs/demo/upernet_swin-demo.py --load-from EARLIER.pth
-EARLIER.pth is not kept: 2500 such iterations (mIoU 58.92), after 4500 on drafts of the data with other shapes and sizes.
-Without --load-from the training starts from scratch, and needs several rounds to get there.
+Stock mmsegmentation. demo/upernet_swin-demo.pth, on the val split (100 images): mIoU 61.27, aAcc 88.37.
+Its training, 9000 iterations from scratch, seed 0, log demo/upernet_swin-demo.log:
+    python demo/train.py configs/demo/upernet_swin-demo.py --threads 1
 """
+_base_ = '../_base_/demo_runtime.py'
+
 custom_imports = dict(
     imports=['mmseg.models', 'mmseg.datasets', 'mmseg.evaluation', 'mmseg.engine', 'mmseg.visualization'],
     allow_failed_imports=False,
@@ -122,10 +122,10 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-max_iters = 2500
+max_iters = 9000
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.0),
     clip_grad=dict(max_norm=5.0),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
 )
@@ -133,25 +133,5 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=False, begin=100, end=max_iters),
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=1000)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1000, max_keep_ckpts=1),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-)
-env_cfg = dict(
-    cudnn_benchmark=False,
-    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='gloo'),
-)
-vis_backends = [dict(type='LocalVisBackend')]
-visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')
-log_processor = dict(by_epoch=False)
-log_level = 'INFO'
-load_from = None
-resume = False
-randomness = dict(seed=0)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=3000)
+visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
