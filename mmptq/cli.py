@@ -30,10 +30,12 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
     group = parser.add_argument_group('quantization')
-    group.add_argument('--recipe', help='METHOD_wXaY (default: adalog_w4a4), or a config file that defines `recipe`')
+    group.add_argument('--recipe', help='METHOD_wXaY (default: adalog_w4a4), a variant of it (adalog_w4a4_fast), or a config file that '
+                       'defines `recipe`')
     group.add_argument('--method', help=f'instead of --recipe: one of {", ".join(recipe_names())}')
     group.add_argument('--w-bits', type=int, help='with --method: bits of weights, 2 to 8 (default: 4)')
     group.add_argument('--a-bits', type=int, help='with --method: bits of activations, 2 to 8 (default: 4)')
+    group.add_argument('--softmax-bits', type=int, help='with --method: bits of attention probabilities (default: those of activations)')
     group.add_argument('--scope', choices=['backbone', 'model'], default='backbone', help='what is quantized (default: backbone)')
     group.add_argument('--calib-images', type=int, default=32, help='number of calibration images (default: 32)')
     group.add_argument('--calib-cfg', help='config file whose train_dataloader has the calibration images')
@@ -49,11 +51,12 @@ def run_quantize(args: argparse.Namespace) -> None:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.recipe and args.method:
         raise QuantizationError('give --recipe, or --method with --w-bits and --a-bits, not both')
-    if not args.method and (args.w_bits is not None or args.a_bits is not None):
-        raise QuantizationError('--w-bits and --a-bits go with --method')
+    if not args.method and any(bits is not None for bits in (args.w_bits, args.a_bits, args.softmax_bits)):
+        raise QuantizationError('--w-bits, --a-bits and --softmax-bits go with --method')
     recipe = args.recipe or 'adalog_w4a4'
     if args.method:
-        recipe = recipe_of(args.method, *(4 if bits is None else bits for bits in (args.w_bits, args.a_bits)))
+        weight_bits, activation_bits = (4 if bits is None else bits for bits in (args.w_bits, args.a_bits))
+        recipe = recipe_of(args.method, weight_bits, activation_bits, args.softmax_bits)
     summary = quantize(
         args.config, args.checkpoint, recipe, scope=args.scope, work_dir=args.work_dir, cfg_options=args.cfg_options,
         launcher=args.launcher, calib_images=args.calib_images, calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, seed=args.seed,

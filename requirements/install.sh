@@ -29,7 +29,7 @@ command -v "$compiler" >/dev/null 2>&1 \
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
     || fail "the headers of $python are missing (Debian and Ubuntu: apt-get install python3-dev)."
 
-stamp="$venv/.mmptq-$(cat requirements/install.sh requirements/stack.txt setup.py | "$python" -c \
+stamp="$venv/.mmptq-$(cat requirements/install.sh requirements/*.txt setup.py | "$python" -c \
     'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:16])')-${torch//[^a-zA-Z0-9.]/_}"
 [ -f "$stamp" ] && exit 0
 
@@ -51,7 +51,11 @@ if ! "$venv/bin/python" -c 'import mmcv.ops' 2>/dev/null; then
 fi
 pip install --quiet -r requirements/stack.txt
 pip install --quiet --no-build-isolation -e '.[test]'
+rm -rf "$venv/timm"
+pip install --quiet --no-deps --target "$venv/timm" -r requirements/timm.txt
 "$venv/bin/python" -c 'import mmcv.ops, mmdet, mmseg, mmptq' || fail "the installed stack does not import, see above."
+PYTHONPATH=benchmarks "$venv/bin/python" -W ignore -c 'import timm_models; timm_models.import_timm()' \
+    || echo "install: timm does not fit $torch (see above): tests of its models will be skipped" >&2
 rm -f "$venv"/.mmptq-*
 touch "$stamp"
 echo "install: done"

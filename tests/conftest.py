@@ -1,4 +1,5 @@
 """Oracles written from the equations alone, and small real backbones."""
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -10,6 +11,9 @@ from torch import nn
 
 from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe
+from mmptq.calibration import FPCS
+from mmptq.layers import GeluShift, QuantLinear, Rescale
+from mmptq.methods import AdaLog
 from mmptq.quantizers import AdaLogQuantizer, Quantizer, UniformQuantizer
 
 hypothesis.settings.register_profile('tests', deadline=None, derandomize=True, max_examples=60, database=None)
@@ -63,18 +67,18 @@ def adalog_tables(bits, q):
     return shifts, mantissas, largest
 
 
-def adalog_values(bits, q, scale=1.0, strict=False, shift=0.0):
+def adalog_values(bits, q, scale=1.0, strict=False):
     """The value of every code and, last, of the one that means zero; rounded once, to float32."""
     shifts, mantissas, largest = adalog_tables(bits, q)
     exact = [Fraction(float(np.float32(scale))) * n / (largest * 2**t) for t, n in zip(shifts, mantissas, strict=True)]
     if strict:
         exact[-1] = Fraction(0)
-    return np.array([*(float(v) for v in exact), 0.0]).astype(np.float32) - np.float32(shift)
+    return np.array([*(float(v) for v in exact), 0.0]).astype(np.float32)
 
 
-def adalog_codes(x, q, bits, scale=1.0, strict=False, shift=0.0):
+def adalog_codes(x, q, bits, scale=1.0, strict=False):
     """Codes, in float64, and how far each is from the point where rounding changes it."""
-    ratio = np.clip((np.asarray(x, np.float64) + shift) / float(np.float32(scale)), 0, 1)
+    ratio = np.clip(np.asarray(x, np.float64) / float(np.float32(scale)), 0, 1)
     with np.errstate(divide='ignore', invalid='ignore'):  # zero is beyond all codes
         k = -np.log2(ratio) * 37 / q
         return np.minimum(np.rint(k), 2**bits - strict).astype(int), np.nan_to_num(np.abs(k - np.floor(k) - 0.5), nan=0.5)
@@ -116,13 +120,31 @@ def equip(op, **quantizers):
     return op
 
 
+def rescaled(layer, cls=None, seed=0):
+    """A QuantLinear of a linear layer with a random rescale of a class; quantizers to be set."""
+    op = QuantLinear.from_float(layer)
+    generator = torch.Generator().manual_seed(seed)
+    if cls is Rescale:
+        op.rescale = Rescale()
+        op.rescale.set(scale=torch.exp(torch.randn(layer.in_features, generator=generator)),
+                       shift=torch.randn(layer.in_features, generator=generator))
+    elif cls is GeluShift:
+        op.rescale = GeluShift()
+        op.rescale.set(shift=torch.tensor(0.16997124254703522))
+    return op
+
+
 def oracle_of(quantizer, x):
     """What a calibrated quantizer makes of an array, by the equations alone."""
     params = {key: value.numpy() for key, value in quantizer.params.items()}
     if isinstance(quantizer, UniformQuantizer):
         return oracle_uniform(x, params['scale'], params['zero_point'], quantizer.bits)
-    return oracle_adalog(x, float(params['q']), quantizer.bits, scale=float(params['scale']), strict=quantizer.strict,
-                         shift=quantizer.shift)
+    return oracle_adalog(x, float(params['q']), quantizer.bits, scale=float(params['scale']), strict=quantizer.strict)
+
+
+def sampled(op, activations, rows, seed=0):
+    """A sample of an operation's activations."""
+    return op.take(activations, op.places(activations, rows, torch.Generator().manual_seed(seed)))
 
 
 def quantizers_of(module):
@@ -130,6 +152,23 @@ def quantizers_of(module):
 
 
 # Backbones.
+
+FAST = dict(steps=2, width=4, candidates=16, rank=8, rounds=1, rows=64)
+"""Options of AdaLog where it does not matter how well it searches."""
+
+
+def plan(**options):
+    """How finely AdaLog searches with some options."""
+    method = AdaLog(**options)
+    return FPCS(**{field.name: getattr(method, field.name) for field in dataclasses.fields(FPCS)})
+
+
+def fast(name='adalog_w4a4'):
+    """A recipe of AdaLog with a search that takes no time."""
+    raw = load_recipe(name)
+    raw['method'].update(FAST)
+    return raw
+
 
 def randomized(module, seed=0):
     """The module with noise on all parameters, so that biases, norms and position tables matter; in evaluation mode."""

@@ -77,7 +77,7 @@ def in_rooms(wanted):
 def test_files_are_seen_as_they_are():
     assert len(FILES) > 20 and {room_of(path) for path in FILES} >= {*MAY_IMPORT, *MAY_NOT_IMPORT, 'errors', 'registry', 'cli', 'apis'}
     found = set(imports(ROOT / 'mmptq' / 'quantizers' / 'uniform.py'))
-    assert found >= {'math', 'torch', 'torch.Tensor', 'mmptq.quantizers.base.Quantizer'}
+    assert found >= {'torch', 'torch.Tensor', 'mmptq.quantizers.base.Quantizer'}
     assert 'mmptq.methods.Method' not in imports(ROOT / 'mmptq' / 'calibration' / 'blockwise.py')  # under TYPE_CHECKING
     assert 'methods' in rooms(ROOT / 'mmptq' / 'registry.py')
     assert 'methods' in rooms(ROOT / 'mmptq' / 'backbones' / 'recipe.py')

@@ -7,7 +7,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
 from ..errors import QuantizationError
-from ..quantizers import Quantizer
+from ..quantizers import calibrated_parts
 from ..registry import MODELS
 from .convert import ConversionReport, convert, convert_layers, layers_with_products
 from .presets import load_recipe
@@ -20,7 +20,7 @@ TRAINING_ONLY = ('auxiliary_head.',)
 
 def refuse_half(module: nn.Module, incompatible_keys: object) -> None:
     """After a checkpoint was loaded: raises QuantizationError if it calibrated some quantizers and others not."""
-    quantizers = {name: child for name, child in module.named_modules() if isinstance(child, Quantizer)}
+    quantizers = calibrated_parts(module)
     absent = [f'{name}.{key}' for name, child in quantizers.items() for key in child.param_names if getattr(child, key) is None]
     if absent and any(quantizer.params is not None for quantizer in quantizers.values()):
         raise QuantizationError(f'the checkpoint lacks parameters of quantizers: {", ".join(absent[:5])}'

@@ -12,7 +12,7 @@ from ..errors import QuantizationError
 from .recipe import Recipe
 
 RECIPES = Path(__file__).parents[1] / '.mim' / 'configs' / '_base_' / 'recipes'
-NAME = re.compile(r'(?P<method>\w+)_w(?P<weight>\d+)a(?P<activation>\d+)')
+NAME = re.compile(r'(?P<method>\w+?)_w(?P<weight>\d+)a(?P<activation>\d+)(?P<variant>_\w+)?')
 
 
 def recipe_names() -> list[str]:
@@ -24,7 +24,8 @@ def load_recipe(recipe: str | Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as a config has it, checked and whole.
 
     Args:
-        recipe: ``METHOD_wXaY`` (``adalog_w4a4``), a config file that defines ``recipe``, or the recipe itself.
+        recipe: ``METHOD_wXaY`` (``adalog_w4a4``) or a variant of it (``adalog_w4a4_fast``), a config file that defines ``recipe``,
+            or the recipe itself.
 
     Raises:
         QuantizationError: If there is none, or it is wrong.
@@ -36,25 +37,31 @@ def load_recipe(recipe: str | Mapping[str, Any]) -> dict[str, Any]:
             raise QuantizationError(f'recipe {recipe} does not exist')
         return _read(Path(recipe))
     found = NAME.fullmatch(recipe)
-    if not found or found['method'] not in recipe_names():
-        raise QuantizationError(f'unknown recipe {recipe!r}: name METHOD_wXaY, METHOD one of {", ".join(recipe_names())} and X and Y from '
-                                '2 to 8 (adalog_w4a4), or the path of a config file that defines `recipe`')
-    return recipe_of(found['method'], int(found['weight']), int(found['activation']))
+    method = found and found['method'] + (found['variant'] or '')
+    if not found or method not in recipe_names():
+        raise QuantizationError(f'unknown recipe {recipe!r}: name METHOD_wXaY or, for a variant, METHOD_wXaY_VARIANT, X and Y from 2 to 8 '
+                                f'(adalog_w4a4, adalog_w4a4_fast), METHOD or METHOD_VARIANT one of {", ".join(recipe_names())}; or the '
+                                'path of a config file that defines `recipe`')
+    return recipe_of(method, int(found['weight']), int(found['activation']))
 
 
-def recipe_of(method: str, weight_bits: int, activation_bits: int) -> dict[str, Any]:
-    """The recipe of a method at given bits.
+def recipe_of(method: str, weight_bits: int, activation_bits: int, softmax_bits: int | None = None) -> dict[str, Any]:
+    """The recipe of a method (``adalog``, ``adalog_fast``) at given bits; those of attention probabilities are those of activations.
 
     Raises:
         QuantizationError: If the method is unknown or bits are not 2 to 8.
     """
     if method not in recipe_names():
         raise QuantizationError(f'unknown method {method!r}: known are {", ".join(recipe_names())}')
-    for what, bits in (('weights', weight_bits), ('activations', activation_bits)):
-        if not 2 <= bits <= 8:
-            raise QuantizationError(f'{bits} bits for {what}: 2 to 8 are possible')
-    name = f'{method}_w{weight_bits}a{activation_bits}'
-    return _read(RECIPES / f'{method}.py', dict(name=name, bits=dict(weight=weight_bits, activation=activation_bits)))
+    bits = dict(weight=weight_bits, activation=activation_bits)
+    if softmax_bits is not None:
+        bits['softmax'] = softmax_bits
+    for what, number in bits.items():
+        if not 2 <= number <= 8:
+            raise QuantizationError(f'{number} bits for {what}: 2 to 8 are possible')
+    base, _, variant = method.partition('_')
+    name = f'{base}_w{weight_bits}a{activation_bits}' + (f's{softmax_bits}' if softmax_bits is not None else '')
+    return _read(RECIPES / f'{method}.py', dict(name=f'{name}_{variant}' if variant else name, bits=bits))
 
 
 def _read(path: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.registry import Registry
 
 from ..errors import QuantizationError
-from ..layers import QuantOp
+from ..layers import RESCALES, QuantLinear, QuantOp
 from ..methods import Method
 from ..quantizers import Quantizer
 from ..registry import METHODS, QUANTIZERS
@@ -19,6 +19,10 @@ GRANULARITIES: dict[str, tuple[str, ...]] = {
     'per_head': ('query', 'key', 'post_softmax', 'value'),
 }
 """Options of a recipe's quantizer, and the sites whose tensors have such an axis."""
+
+
+RESCALED = ('post_norm', 'post_attention', 'post_gelu', 'linear')
+"""Sites whose quantizer may have the option ``rescale``, the name of a class of :data:`mmptq.layers.RESCALES`."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Recipe:
     Attributes:
         name: As it appears in reports.
         bits: The bits, where a site's quantizer does not fix its own.
-        quantizers: By site: ``type`` and options of a quantizer; ``per_channel`` or ``per_head`` sets its granularity.
+        quantizers: By site: ``type`` and options of a quantizer; ``per_channel`` or ``per_head`` sets its granularity,
+            ``rescale`` how the input is rescaled before it (:mod:`mmptq.layers.rescale`).
         method: ``type`` and options of the method.
     """
 
@@ -80,7 +85,8 @@ class Recipe:
         result = cls(recipe.get('name', 'unnamed'), Bits(**bits), quantizers, dict(recipe['method']))
         for site in SITES:
             result.build_quantizer(site, -2)
-        result.build_method()
+        if not result.build_method().rescales and any(options.get('rescale') for options in quantizers.values()):
+            raise QuantizationError(f'recipe: method {result.method["type"]} does not rescale: drop the option rescale of its quantizers')
         return result
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +96,10 @@ class Recipe:
     def build_quantizer(self, site: str, weight_axis: int | None) -> Quantizer:
         """A quantizer for a site; ``weight_axis`` is the axis of output channels where the tensor is a weight."""
         options = {'bits': self.bits.at(site), **self.quantizers[site]}
+        rescale = options.pop('rescale', None)
+        if rescale is not None and (site not in RESCALED or not isinstance(rescale, str) or rescale not in RESCALES):
+            raise QuantizationError(f'recipe: rescale is one of {", ".join(RESCALES)}, for {", ".join(RESCALED)}; not {rescale!r} for site '
+                                    f'{site}')
         for granularity, sites in GRANULARITIES.items():
             if options.pop(granularity, False):
                 if site not in sites:
@@ -105,6 +115,9 @@ class Recipe:
         """Gives an operation the quantizers of its operands' sites."""
         axis = getattr(op, 'weight_axis', None)
         op.set_quantizers(sites, {role: self.build_quantizer(site, axis) for role, site in sites.items()})
+        rescale = self.quantizers[sites['input']].get('rescale') if isinstance(op, QuantLinear) else None
+        if rescale is not None:
+            op.rescale = RESCALES[rescale]()
 
 
 def _require_dict(value: Any, what: str) -> None:

@@ -1,6 +1,8 @@
 """IN WHICH ORDER and ON WHICH DATA parameters are chosen."""
 from .blockwise import BlockResult, calibrate, calibrate_block, check_weights
 from .capture import Block, Call, Samples, Stream, operations
-from .search import search
+from .objective import Gram, Objective, Screen
+from .search import FPCS, fpcs, search, search_own, search_weight
 
-__all__ = ['Block', 'BlockResult', 'Call', 'Samples', 'Stream', 'calibrate', 'calibrate_block', 'check_weights', 'operations', 'search']
+__all__ = ['FPCS', 'Block', 'BlockResult', 'Call', 'Gram', 'Objective', 'Samples', 'Screen', 'Stream', 'calibrate', 'calibrate_block',
+           'check_weights', 'fpcs', 'operations', 'search', 'search_own', 'search_weight']

@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ class BlockResult:
 
     Attributes:
         name: The block.
-        params: The parameters of its quantizers, see :meth:`Block.state`.
+        params: The parameters of its quantizers, and weights that changed, see :meth:`Block.state`.
         sqnr_db: By operation: 10 log10 of the power of its float output over the power of its error, on the sample of its
             activations; None where one of the two is zero.
     """
@@ -59,9 +60,12 @@ def calibrate(module: nn.Module, names: list[str], inputs: list[Call], method: M
     check_weights(module)
     results = []
     stream = Stream(module, names, inputs)
+    prefix = Stream(module, names, inputs) if method.propagate_error else None
     for number, name in enumerate(names):
         unit = module.get_submodule(name)
-        block = Block(name, unit, stream.calls(), operations(unit, f'{name}.'), seed + number)
+        float_calls = stream.calls()
+        calls = prefix.calls() if prefix else float_calls
+        block = Block(name, unit, calls, operations(unit, f'{name}.'), seed + number, float_calls)
         if on_calls:
             on_calls(block)
         result, outputs = calibrate_block(block, method, (done or {}).get(name))
@@ -69,6 +73,8 @@ def calibrate(module: nn.Module, names: list[str], inputs: list[Call], method: M
         if on_block:
             on_block(result)
         stream.advance(outputs)
+        if prefix:
+            prefix.advance(block.run())
     return results
 
 
@@ -76,16 +82,16 @@ def calibrate_block(block: Block, method: Method, done: BlockResult | None = Non
     """Calibrates one block, or sets what an interrupted run found.
 
     Returns:
-        The result, and the block's outputs that the next block is to see.
+        The result, and the outputs of the float block.
     """
     if done:
-        outputs = [] if method.propagate_error else block.run()
+        outputs = block.run_float()
         block.load(done.params)
-        result = done
-    else:
-        outputs = method.calibrate(block)
-        result = BlockResult(block.name, block.state(), {name: sqnr_db(op, block.samples[name]) for name, op in block.ops.items()})
-    return result, block.run() if method.propagate_error else outputs
+        return done, outputs
+    outputs = method.calibrate(block)
+    ratios = {name: sqnr_db(op, block.samples[name], block.weights.get(name), block.float_weights.get(name))
+              for name, op in block.ops.items()}
+    return BlockResult(block.name, block.state(), ratios), outputs
 
 
 def check_weights(module: nn.Module) -> None:
@@ -96,11 +102,31 @@ def check_weights(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def sqnr_db(op: QuantOp, samples: Samples) -> float | None:
-    """Signal to quantization noise ratio of an operation's output on samples of its activations, dB."""
+def sqnr_db(op: QuantOp, samples: Samples, weights: Tensor | None = None, float_weight: Tensor | None = None) -> float | None:
+    """Signal to quantization noise ratio of an operation's output on samples of its activations, dB.
+
+    ``weights`` is what each row of the (then single) sample counts, (rows,); ``float_weight`` that of the float model, where the
+    operation has another one now.
+    """
     signal = noise = 0.0
     for activations in samples:
-        target = op.compute(*op.operands(*activations))
-        signal += float(target.square().sum(dtype=torch.float64))
-        noise += float((op.quantized(*activations) - target).square().sum(dtype=torch.float64))
+        with having(op, float_weight):
+            target = op.compute(*op.operands(*activations))
+        counts = torch.ones(len(target), dtype=torch.float64, device=target.device) if weights is None else weights.double()
+        signal += float(target.square().flatten(1).sum(1, dtype=torch.float64) @ counts)
+        noise += float((op.quantized(*activations) - target).square().flatten(1).sum(1, dtype=torch.float64) @ counts)
     return 10 * math.log10(signal / noise) if signal and noise else None
+
+
+@contextmanager
+def having(op: QuantOp, weight: Tensor | None) -> Iterator[None]:
+    """Inside, an operation has another weight, if one is given."""
+    if weight is None:
+        yield
+        return
+    parameter = op.get_parameter('weight')
+    own, parameter.data = parameter.data, weight
+    try:
+        yield
+    finally:
+        parameter.data = own

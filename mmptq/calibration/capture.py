@@ -12,9 +12,14 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..errors import QuantizationError
 from ..layers import QuantOp
+from ..quantizers import Calibrated
+from .objective import Gram
 
 Samples = list[tuple[Tensor, ...]]
 """Sampled activations of one operation; one entry a call, since shapes differ between images."""
+
+LARGEST = 1e15
+"""The norm of an activation must be less, or sums of its squares would overflow."""
 
 Visitor = Callable[[str, QuantOp, tuple[Tensor, ...]], None]
 
@@ -41,77 +46,158 @@ class Block:
         calls: Its calls.
         ops: The operations to calibrate, by name.
         seed: Of the samples.
+        float_calls: Its calls in the float model, if they differ.
+
+    Attributes:
+        samples: A sample of each operation's activations.
+        weights: How many rows each sampled row of an operation stands for, (rows,), where that differs.
+        float_weights: The float model's weight of each operation that has another one now, see :meth:`set_weight`.
     """
 
-    def __init__(self, name: str, module: Callable[..., Any], calls: list[Call], ops: dict[str, QuantOp], seed: int = 0) -> None:
+    def __init__(self, name: str, module: Callable[..., Any], calls: list[Call], ops: dict[str, QuantOp], seed: int = 0,
+                 float_calls: list[Call] | None = None) -> None:
         self.name = name
         self.module = module
         self.calls = calls
         self.ops = ops
         self.seed = seed
+        self.float_calls = calls if float_calls is None else float_calls
         self.samples: dict[str, Samples] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.float_weights: dict[str, Tensor] = {}
+
+    def call(self, call: Call) -> Any:
+        """The output of one call, with the quantizers as they are."""
+        return self.module(*call.args, **call.kwargs)
 
     @torch.no_grad()
     def run(self) -> list[Any]:
         """The outputs of all calls, with the quantizers as they are."""
-        return [self.module(*call.args, **call.kwargs) for call in self.calls]
+        return [self.call(call) for call in self.calls]
 
+    @torch.no_grad()
+    def run_float(self) -> list[Any]:
+        """The outputs of all calls in the float model."""
+        with in_float(self.ops):
+            return [self.call(call) for call in self.float_calls]
+
+    @torch.no_grad()
     def observe(self, rows: int, visit: Visitor | None = None) -> list[Any]:
-        """Runs all calls and keeps a bounded, seeded sample of every operation's activations in ``samples``.
+        """Runs all calls in float and keeps a bounded, seeded sample of every operation's activations.
 
         Args:
             rows: Rows to keep of each operation over all calls, about.
             visit: Is shown all activations, as ``visit(name, op, activations)``.
 
         Returns:
-            The outputs.
+            The outputs of the float model.
 
         Raises:
             QuantizationError: If an activation is not finite, naming the operation, or an operation does not run.
         """
-        rows_a_call = -(-rows // max(len(self.calls), 1))
         generator = torch.Generator().manual_seed(self.seed)
-        self.samples = {name: [] for name in self.ops}
+        rows_a_call = -(-rows // max(len(self.calls), 1))
+        samples: dict[str, Samples] = {name: [] for name in self.ops}
+        weights: dict[str, list[Tensor]] = {name: [] for name in self.ops}
 
-        def hook(name: str, op: QuantOp) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                activations = op.activations(*inputs)
-                if not all(bool(torch.isfinite(x).all()) for x in activations):
-                    raise QuantizationError(f'{name} receives activations that are NaN or infinite; '
-                                            'check the checkpoint and the calibration images')
-                if any(x.numel() == 0 for x in activations):
-                    return
-                sample = op.sample(activations, rows_a_call, generator)
-                self.samples[name].append(tuple(x.clone() for x in sample))
-                if visit:
-                    with torch._C.DisableTorchFunction():  # products of its own are not those of the attention that it looks into
-                        visit(name, op, activations)
-            return before
+        def keep(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
+            if not all(float(torch.linalg.vector_norm(x)) < LARGEST for x in activations):
+                kind = 'too large to be squared' if all(bool(torch.isfinite(x).all()) for x in activations) else 'NaN or infinite'
+                raise QuantizationError(f'{name} receives activations that are {kind}; check the checkpoint and the calibration images')
+            if not all(x.numel() for x in activations):
+                return
+            places = op.places(activations, rows_a_call, generator)
+            samples[name].append(tuple(x.clone() for x in op.take(activations, places)))
+            if places.weights is not None:
+                weights[name].append(places.weights)
+            if visit:
+                visit(name, op, activations)
 
-        handles = [op.register_forward_pre_hook(hook(name, op)) for name, op in self.ops.items()]
-        try:
+        with in_float(self.ops), listening(self.ops, keep):
             outputs = self.run()
-        finally:
-            for handle in handles:
-                handle.remove()
-        idle = [name for name, samples in self.samples.items() if not samples]
+        idle = [name for name, found in samples.items() if not found]
         if idle:
             raise QuantizationError(f'{", ".join(idle)} received nothing in {len(self.calls)} calibration images; use more or other '
                                     'images (--calib-images, --calib-cfg)')
-        self.samples = {name: merge(samples) for name, samples in self.samples.items()}
-        return outputs
+        self.samples = {name: merge(found) for name, found in samples.items()}
+        self.weights = {name: torch.cat(found) for name, found in weights.items() if found}
+        return outputs if self.float_calls is self.calls else self.run_float()
+
+    @torch.no_grad()
+    def grams(self) -> dict[str, Gram]:
+        """Sums over all tokens of all calls, for every operation with a weight that can stream them, given its input's quantizer.
+
+        Where the calls are those of a quantized model, so are the operations before it in the block; else all are float.
+        """
+        ops = {name: op for name, op in self.ops.items() if op.streams}
+        sums = {name: Gram() for name in ops}
+
+        def add(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
+            x, weight = op.operands(*op.take(activations))
+            rounded = op.factors(op.quantizer('input')(x), weight)[0]
+            sums[name].add(rounded[0], op.factors(x, weight)[0][0], op.offset())
+
+        with in_float(self.ops if self.float_calls is self.calls else {}), listening(ops, add):
+            self.run()
+        return sums
 
     def state(self) -> dict[str, Tensor]:
-        """The parameters of all its quantizers, by name."""
-        return {f'{name}.{key}': value for name, op in self.ops.items() for role, quantizer in op.quantizers().items()
-                for key, value in quantizer.state_dict(prefix=f'{role}_quantizer.').items()}
+        """All parameters that calibration gave its operations, and weights that it changed, by name."""
+        params = {f'{name}.{key}.{param}': value for name, op in self.ops.items() for key, module in op.named_modules()
+                  if isinstance(module, Calibrated) for param, value in (module.params or {}).items()}
+        return params | {f'{name}.weight': self.ops[name].get_parameter('weight').detach() for name in self.float_weights}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Sets the parameters that :meth:`state` returned."""
+        """Sets the parameters and weights that :meth:`state` returned."""
         for name, op in self.ops.items():
-            for role, quantizer in op.quantizers().items():
-                prefix = f'{name}.{role}_quantizer.'
-                quantizer.set(**{key: state[prefix + key] for key in quantizer.param_names})
+            if f'{name}.weight' in state:
+                self.set_weight(name, state[f'{name}.weight'])
+            for key, module in op.named_modules():
+                if isinstance(module, Calibrated):
+                    module.set(**{param: state[f'{name}.{key}.{param}'].to(module.place.device) for param in module.param_names})
+
+    @torch.no_grad()
+    def set_weight(self, name: str, weight: Tensor) -> None:
+        """Changes the weight of an operation, in place."""
+        parameter = self.ops[name].get_parameter('weight')
+        self.float_weights.setdefault(name, parameter.clone())
+        parameter.copy_(weight)
+
+    @torch.no_grad()
+    def restore_weights(self) -> None:
+        """Sets the weights back to those of the float model."""
+        for name, weight in self.float_weights.items():
+            self.ops[name].get_parameter('weight').copy_(weight)
+        self.float_weights = {}
+
+
+@contextmanager
+def in_float(ops: dict[str, QuantOp]) -> Iterator[None]:
+    """Inside, the operations compute what the float model does."""
+    for op in ops.values():
+        op.forward = op.float_forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for op in ops.values():
+            del op.forward
+
+
+@contextmanager
+def listening(ops: dict[str, QuantOp], visit: Visitor) -> Iterator[None]:
+    """Inside, ``visit(name, op, activations)`` is called before an operation runs."""
+    def hook(name: str, op: QuantOp) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            with torch._C.DisableTorchFunction():  # products of its own are not those of the attention that it looks into
+                visit(name, op, op.activations(*inputs))
+        return before
+
+    handles = [op.register_forward_pre_hook(hook(name, op)) for name, op in ops.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def merge(samples: Samples) -> Samples:

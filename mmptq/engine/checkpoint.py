@@ -16,7 +16,7 @@ from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
-from ..quantizers import Quantizer
+from ..quantizers import calibrated_parts
 
 
 @contextmanager
@@ -109,9 +109,9 @@ def load_checked(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     if missing:
         raise QuantizationError(f'{source} is of another model: it lacks {_some(missing)}'
                                 + (f', and has instead {_some(unexpected)}' if unexpected else ''))
-    quantizers = {name: module for name, module in model.named_modules() if isinstance(module, Quantizer)}
+    quantizers = calibrated_parts(model)
     absent = [f'{name}.{key}' for name, module in quantizers.items() for key in module.param_names if getattr(module, key) is None]
-    surplus = [key for key in unexpected if '_quantizer.' in key]
+    surplus = [key for key in unexpected if '_quantizer.' in key or '.rescale.' in key]
     if surplus:
         raise QuantizationError(f'{source} has parameters of quantizers that the recipe does not have: {_some(surplus)}')
     if absent and any(module.params is not None for module in quantizers.values()):
@@ -121,7 +121,7 @@ def load_checked(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
 
 def is_calibrated(model: nn.Module) -> bool:
     """Whether all quantizers of a model have parameters."""
-    return all(module.params is not None for module in model.modules() if isinstance(module, Quantizer))
+    return all(module.params is not None for module in calibrated_parts(model).values())
 
 
 def save_atomically(data: Any, path: Path) -> None:

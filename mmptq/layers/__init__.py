@@ -1,5 +1,7 @@
 """WHERE tensors are quantized."""
 from .attention import SelfAttention, extend_attention
-from .ops import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
+from .ops import Places, QuantConv2d, QuantLinear, QuantMatMul, QuantOp, prefer_large
+from .rescale import RESCALES, GeluShift, Rescale, per_channel_rescale
 
-__all__ = ['QuantConv2d', 'QuantLinear', 'QuantMatMul', 'QuantOp', 'SelfAttention', 'extend_attention']
+__all__ = ['RESCALES', 'GeluShift', 'Places', 'QuantConv2d', 'QuantLinear', 'QuantMatMul', 'QuantOp', 'Rescale', 'SelfAttention',
+           'extend_attention', 'per_channel_rescale', 'prefer_large']

@@ -4,6 +4,7 @@ Each is ``compute(*operands)``: change one operand's quantizer, keep the rest, c
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,19 +12,34 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ..quantizers import Quantizer
+from ..quantizers.base import is_traced
+from .rescale import GeluShift, Rescale
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where an operation's activations are sampled.
+
+    Attributes:
+        index: Indices, as the kind of operation needs them.
+        weights: How many rows each sampled row stands for, (rows,); None if all stand for the same number.
+    """
+
+    index: tuple[Tensor, ...]
+    weights: Tensor | None = None
 
 
 class QuantOp(nn.Module):
     """An operation whose operands pass through a quantizer each.
 
     The operands are the activations, followed by the weight if there is one. ``roles`` names them; the quantizer of role
-    ``r`` is the child ``r_quantizer``. ``output_axes`` is the axis of the output that each value of a per-channel or
-    per-head quantizer decides alone.
+    ``r`` is the child ``r_quantizer``.
     """
 
     kind: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]
-    output_axes: ClassVar[dict[str, int]]
+    streams = False
+    """Whether sums over all rows of its input are cheap, so that its weight can be searched on all of them."""
     sites: dict[str, str]
 
     def set_quantizers(self, sites: dict[str, str], quantizers: dict[str, Quantizer]) -> None:
@@ -34,9 +50,7 @@ class QuantOp(nn.Module):
 
     def quantizer(self, role: str) -> Quantizer:
         """The quantizer of an operand."""
-        quantizer = self.get_submodule(f'{role}_quantizer')
-        assert isinstance(quantizer, Quantizer)
-        return quantizer
+        return self._modules[f'{role}_quantizer']  # type: ignore[return-value]
 
     def quantizers(self) -> dict[str, Quantizer]:
         """The quantizers by role, in the order of the operands."""
@@ -54,8 +68,29 @@ class QuantOp(nn.Module):
         """The operation itself, on operands that are quantized or not."""
         raise NotImplementedError
 
-    def sample(self, activations: tuple[Tensor, ...], rows: int, generator: Generator) -> tuple[Tensor, ...]:
-        """About ``rows`` random rows of the activations, on which the operation gives rows of its output."""
+    def factors(self, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        """The operation as a product ``(left + offset) @ right^T`` plus a constant, on operands made from :meth:`take`.
+
+        Returns:
+            left (batch, heads, rows, inner) and right (batch, heads, columns, inner); the first operand is in the first,
+            the second in the second, value by value.
+        """
+        raise NotImplementedError
+
+    def offset(self) -> Tensor | None:
+        """What is added to the left factor after it is quantized, if anything."""
+        return None
+
+    def float_forward(self, *inputs: Tensor) -> Tensor:
+        """What the float module computes."""
+        raise NotImplementedError
+
+    def places(self, activations: tuple[Tensor, ...], rows: int, generator: Generator) -> Places:
+        """About ``rows`` random rows of the activations."""
+        raise NotImplementedError
+
+    def take(self, activations: tuple[Tensor, ...], places: Places | None = None) -> tuple[Tensor, ...]:
+        """The rows at some places (by default all), on which :meth:`compute` gives rows of the operation's output."""
         raise NotImplementedError
 
     def quantized(self, *activations: Tensor) -> Tensor:
@@ -64,7 +99,10 @@ class QuantOp(nn.Module):
         return self.compute(*(self.quantizer(role)(operand) for role, operand in zip(self.roles, operands, strict=True)))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.quantized(*self.activations(*inputs))
+        if is_traced():
+            return self.quantized(*self.activations(*inputs))
+        with torch._C.DisableTorchFunction():  # an attention's mode looks for products of its own, at a cost for every call
+            return self.quantized(*self.activations(*inputs))
 
 
 def pick(count: int, size: int, generator: Generator, device: torch.device) -> Tensor:
@@ -73,13 +111,46 @@ def pick(count: int, size: int, generator: Generator, device: torch.device) -> T
     return indices.sort().values.to(device)
 
 
+def prefer_large(norms: Tensor, count: int, offset: float, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """A systematic sample of rows, half of it in proportion to their squares: a few massive rows may make most of an error.
+
+    Args:
+        norms: Of the rows, (..., rows).
+        count: Size of the sample; a massive row may be there several times.
+        offset: Where it starts, from 0 to 1.
+        weights: What each row counts, (..., rows), if not the same.
+
+    Returns:
+        Indices, ascending, and what each row of the sample counts, (..., count): the weighted sum of anything over the sample is on
+        the average its sum over all rows. All rows, if there are not more than ``count``.
+    """
+    present = torch.ones_like(norms) if weights is None else weights
+    if count >= norms.shape[-1]:
+        return torch.arange(norms.shape[-1], device=norms.device).expand(norms.shape), present
+    plain, energy = present.double(), present.double() * norms.double().square()
+    least = torch.finfo(torch.float64).tiny
+    probability = plain / plain.sum(-1, keepdim=True) + energy / energy.sum(-1, keepdim=True).clamp(min=least)
+    probability /= probability.sum(-1, keepdim=True)
+    points = ((torch.arange(count, dtype=torch.float64) + offset) / count).to(norms.device).expand(*norms.shape[:-1], -1).contiguous()
+    index = torch.searchsorted(probability.cumsum(-1), points).clamp_(max=norms.shape[-1] - 1)
+    return index, (plain / (count * probability)).gather(-1, index).to(norms.dtype)
+
+
 class QuantLinear(QuantOp, nn.Linear):
-    """``nn.Linear`` with quantized input and weight; parameter names are those of ``nn.Linear``."""
+    """``nn.Linear`` with quantized input and weight; parameter names are those of ``nn.Linear``.
+
+    With a child ``rescale`` its operands are the input and the weight as that changes them.
+    """
 
     kind = 'linear'
     roles = ('input', 'weight')
-    output_axes = {'weight': -1}
+    streams = True
     weight_axis = -2
+    rescale: Rescale | GeluShift | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.rescale = None
 
     @classmethod
     def from_float(cls, linear: nn.Linear) -> QuantLinear:
@@ -91,14 +162,49 @@ class QuantLinear(QuantOp, nn.Linear):
         return op
 
     def operands(self, *activations: Tensor) -> tuple[Tensor, ...]:
-        return activations[0], self.weight
+        if self.rescale is None:
+            return activations[0], self.weight
+        return self.rescale(activations[0]), self.rescale.weight(self.weight)
 
     def compute(self, *operands: Tensor) -> Tensor:
-        return F.linear(operands[0], operands[1], self.bias)
+        x, weight = operands
+        return F.linear(x, weight, self.corrected_bias(weight))
 
-    def sample(self, activations: tuple[Tensor, ...], rows: int, generator: Generator) -> tuple[Tensor, ...]:
+    def corrected_bias(self, weight: Tensor) -> Tensor | None:
+        """The bias that makes up for the shift of the input; ``weight`` is the second operand, quantized or not."""
+        if self.rescale is None:
+            return self.bias
+        offset, correction = self.rescale.offset(), self.rescale.correction(self.weight)
+        if offset is not None:
+            correction = weight.sum(1) * offset
+        if correction is None or self.bias is None:
+            return self.bias if correction is None else correction
+        return self.bias + correction
+
+    def factors(self, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        return operands[0][None, None], operands[1][None, None]
+
+    def offset(self) -> Tensor | None:
+        return None if self.rescale is None else self.rescale.offset()
+
+    def quantized(self, *activations: Tensor) -> Tensor:
+        if self.rescale is None:
+            return super().quantized(*activations)
+        x = self.quantizer('input')(activations[0], self.rescale)  # in one go, piece by piece
+        return self.compute(x, self.quantizer('weight')(self.rescale.weight(self.weight)))
+
+    def float_forward(self, *inputs: Tensor) -> Tensor:
+        return nn.Linear.forward(self, *inputs)
+
+    def places(self, activations: tuple[Tensor, ...], rows: int, generator: Generator) -> Places:
+        """Tokens, the large ones more often: a few massive activations may make most of the error."""
+        norms = torch.linalg.vector_norm(activations[0], dim=-1).view(-1)
+        index, weights = prefer_large(norms, rows, float(torch.rand((), generator=generator)))
+        return Places((index,), weights)
+
+    def take(self, activations: tuple[Tensor, ...], places: Places | None = None) -> tuple[Tensor, ...]:
         x = activations[0].reshape(-1, activations[0].shape[-1])  # (tokens, in)
-        return (x[pick(rows, x.shape[0], generator, x.device)],)
+        return (x if places is None else x[places.index[0]],)
 
 
 class QuantConv2d(QuantOp, nn.Conv2d):
@@ -110,7 +216,6 @@ class QuantConv2d(QuantOp, nn.Conv2d):
 
     kind = 'conv'
     roles = ('input', 'weight')
-    output_axes = {'weight': -3}
     weight_axis = -4
 
     @classmethod
@@ -135,15 +240,38 @@ class QuantConv2d(QuantOp, nn.Conv2d):
     def compute(self, *operands: Tensor) -> Tensor:
         return F.conv2d(operands[0], operands[1], self.bias, self.stride, 0, self.dilation, self.groups)
 
-    def sample(self, activations: tuple[Tensor, ...], rows: int, generator: Generator) -> tuple[Tensor, ...]:
-        x = activations[0]
-        height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
-        # (batch, channels, out_h, out_w, height, width): a view of all receptive fields
-        fields = x.unfold(2, height, self.stride[0]).unfold(3, width, self.stride[1])
+    def factors(self, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = operands
+        taken = x[..., ::self.dilation[0], ::self.dilation[1]]  # (rows, channels, kernel height, kernel width)
+        left = taken.reshape(len(x), self.groups, -1).transpose(0, 1)
+        return left[None], weight.reshape(self.groups, self.out_channels // self.groups, -1)[None]
+
+    @property
+    def streams(self) -> bool:  # type: ignore[override]
+        """True where receptive fields do not overlap, as in a patch embedding."""
+        return all(k <= s for k, s in zip(self.kernel_size, self.stride, strict=True)) and self.dilation == (1, 1)
+
+    def float_forward(self, *inputs: Tensor) -> Tensor:
+        return nn.Conv2d.forward(self, *inputs)
+
+    def places(self, activations: tuple[Tensor, ...], rows: int, generator: Generator) -> Places:
+        x = activations[0].square().sum(1, keepdim=True)
+        size = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        norms = F.avg_pool2d(x, size, self.stride).sqrt().flatten()  # of the receptive fields, but for a factor
+        index, weights = prefer_large(norms, rows, float(torch.rand((), generator=generator)))
+        return Places((index,), weights)
+
+    def take(self, activations: tuple[Tensor, ...], places: Places | None = None) -> tuple[Tensor, ...]:
+        fields = self._fields(activations[0])
         batch, _, out_h, out_w = fields.shape[:4]
-        index = pick(rows, batch * out_h * out_w, generator, x.device)
+        index = torch.arange(batch * out_h * out_w, device=fields.device) if places is None else places.index[0]
         image, place = index // (out_h * out_w), index % (out_h * out_w)
         return (fields[image, :, place // out_w, place % out_w],)  # (rows, channels, height, width)
+
+    def _fields(self, x: Tensor) -> Tensor:
+        """All receptive fields, a view of shape (batch, channels, out_h, out_w, height, width)."""
+        height, width = (d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        return x.unfold(2, height, self.stride[0]).unfold(3, width, self.stride[1])
 
 
 class QuantMatMul(QuantOp):
@@ -151,16 +279,27 @@ class QuantMatMul(QuantOp):
 
     kind = 'matmul'
     roles = ('left', 'right')
-    output_axes = {'left': -3, 'right': -3}
 
     def compute(self, *operands: Tensor) -> Tensor:
         return torch.matmul(operands[0], operands[1])
 
-    def sample(self, activations: tuple[Tensor, ...], rows: int, generator: Generator) -> tuple[Tensor, ...]:
+    def factors(self, *operands: Tensor) -> tuple[Tensor, Tensor]:
+        return operands[0], operands[1].transpose(-1, -2)
+
+    def float_forward(self, *inputs: Tensor) -> Tensor:
+        return torch.matmul(*inputs)
+
+    def places(self, activations: tuple[Tensor, ...], rows: int, generator: Generator) -> Places:
+        """Whole windows, and rows and half as many columns of their outputs."""
         left, right = activations
-        heads, length = left.shape[-3:-1]
-        left = left.reshape(-1, heads, *left.shape[-2:])  # (windows, heads, length, inner)
-        right = right.reshape(-1, heads, *right.shape[-2:])
-        windows = pick(max(1, -(-rows // length)), left.shape[0], generator, left.device)
+        length = left.shape[-2]
+        windows = pick(max(1, -(-rows // length)), left.shape[:-3].numel(), generator, left.device)
         inside = pick(rows, length, generator, left.device)
-        return left[windows][:, :, inside], right[windows]
+        return Places((windows, inside, pick(max(1, rows // 2), right.shape[-1], generator, left.device)))
+
+    def take(self, activations: tuple[Tensor, ...], places: Places | None = None) -> tuple[Tensor, ...]:
+        left, right = (x.reshape(-1, *x.shape[-3:]) for x in activations)  # (windows, heads, length, inner)
+        if places is None:
+            return left, right
+        windows, inside, columns = places.index
+        return left[windows][:, :, inside], right[windows][..., columns]

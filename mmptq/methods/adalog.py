@@ -1,40 +1,96 @@
-"""AdaLog (Wu et al., ECCV 2024), with a plain search: every operand's candidates are scored on a sample of tokens."""
+"""AdaLog (Wu et al., ECCV 2024)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from ..calibration.capture import Block
-from ..calibration.search import search
+from ..calibration.channels import Channels
+from ..calibration.search import FPCS, fpcs, search, search_own, search_weight
+from ..layers import GeluShift, QuantLinear, QuantOp, Rescale, per_channel_rescale
+from ..layers.rescale import GELU_MINIMUM
 from .base import require_positive
 
-# The operand searched first: the weight given the input, the base given the values.
-ORDER = {'linear': ('weight', 'input'), 'conv': ('weight', 'input'), 'matmul': ('left', 'right')}
+CHANNEL_VALUES = 1024
+"""Values kept of each channel for the reparameterisation after LayerNorm, about."""
 
 
 @dataclass(frozen=True)
 class AdaLog:
-    """Least output error, operation by operation, all inputs from the float model.
+    """Least output error, operation by operation, each operand given the others.
+
+    Candidates are scored on a sample of tokens. In the last round those of weights are scored over all tokens of all images,
+    given the inputs as they are then quantized.
 
     Args:
-        candidates: Parameters tried for one operand in one round, about.
+        steps: Grids of a search, see :class:`mmptq.calibration.search.FPCS`.
+        width: Candidates that survive a step.
+        candidates: Size of a grid.
+        rank: Columns of the screen's factor.
         rounds: Times that each operand of an operation is searched, given the others.
-        rows: Rows of each operation's activations on which candidates are scored.
+        rows: Rows of each operation's activations on which the best candidates are compared.
+        thin: Of so many of these rows one is for screening all candidates.
+        propagate_error: Inputs of a block from the quantized model; else from the float one. The target of an operation is its float
+            output on these inputs: with that on the float model's, it would shrink what it gives to make up for the noise in its
+            inputs, which the residual branch carries on all the same.
     """
 
-    candidates: int = 64
-    rounds: int = 1
-    rows: int = 1024
+    rescales: ClassVar[bool] = True
+    steps: int = 6
+    width: int = 16
+    candidates: int = 128
+    rank: int = 32
+    rounds: int = 3
+    rows: int = 4096
+    thin: int = 16
     propagate_error: bool = False
 
     def __post_init__(self) -> None:
-        require_positive(self, 'candidates', 'rounds', 'rows')
+        require_positive(self, 'steps', 'width', 'candidates', 'rank', 'rounds', 'rows', 'thin')
 
     def calibrate(self, block: Block) -> list[Any]:
         """See :class:`mmptq.methods.Method`."""
-        outputs = block.observe(self.rows)
+        plan = FPCS(self.steps, self.width, self.candidates, self.rank, self.thin)
+        channels = {name: Channels(len(block.calls), CHANNEL_VALUES, block.seed) for name, op in block.ops.items()
+                    if isinstance(op_rescale(op), Rescale)}
+
+        def visit(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
+            if name in channels:
+                channels[name].add(activations[0])
+
+        outputs = block.observe(self.rows, visit)
         for name, op in block.ops.items():
-            for _ in range(self.rounds):
-                for role in ORDER[op.kind]:
-                    search(op, role, block.samples[name], self.candidates)
+            samples = block.samples[name]
+            reparameterize(op, channels.get(name), plan)
+            if 'weight' in op.roles:
+                search_own(op, 'weight', samples, plan)
+                if not isinstance(op_rescale(op), GeluShift):
+                    search_own(op, 'input', samples, plan)
+            for number in range(self.rounds):
+                for role in op.roles:
+                    if role != 'weight' or number < self.rounds - 1 or not op.streams:
+                        search(op, role, samples, plan, block.weights.get(name), final=number == self.rounds - 1)
+        for name, gram in block.grams().items():
+            search_weight(block.ops[name], gram, block.samples[name], plan)
         return outputs
+
+
+def op_rescale(op: QuantOp) -> Rescale | GeluShift | None:
+    """How an operation's input is rescaled, if it is."""
+    return op.rescale if isinstance(op, QuantLinear) else None
+
+
+@torch.no_grad()
+def reparameterize(op: QuantOp, channels: Channels | None, plan: FPCS) -> None:
+    """Sets an operation's rescale: after a LayerNorm from the search of each channel's quantizer on the channel's own error."""
+    rescale = op_rescale(op)
+    if isinstance(rescale, GeluShift):
+        rescale.set(shift=op.get_parameter('weight').new_tensor(GELU_MINIMUM))
+    elif isinstance(rescale, Rescale) and channels is not None:
+        screens = [channels.screen()]
+        params = fpcs(op.quantizer('input'), channels.spread(), screens, screens, plan)
+        scale, shift = per_channel_rescale(params, channels.zero())
+        rescale.set(scale=scale, shift=shift)

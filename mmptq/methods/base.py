@@ -1,7 +1,7 @@
 """What a method is to the calibration."""
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from ..calibration.capture import Block
 
@@ -17,10 +17,12 @@ class Method(Protocol):
     """Chooses the parameters of one block's quantizers.
 
     Attributes:
+        rescales: Whether it sets what a recipe's ``rescale`` asks for.
         propagate_error: Whether the next block sees this block's quantized outputs, or those of the float model.
     """
 
     propagate_error: bool
+    rescales: ClassVar[bool]
 
     def calibrate(self, block: Block) -> list[Any]:
         """Sets the parameters of all quantizers of ``block.ops`` and fills ``block.samples``.

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class MinMax:
         rows: Rows of each operation kept to measure its error.
     """
 
+    rescales: ClassVar[bool] = False
     rows: int = 1024
     propagate_error: bool = False
 
@@ -33,6 +34,8 @@ class MinMax:
 
         def widen(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
             for role, operand in zip(op.roles, op.operands(*activations), strict=True):
+                if not op.quantizer(role).param_names:
+                    continue
                 values = op.quantizer(role).grouped(operand)
                 low, high = values.amin(1), values.amax(1)
                 if (name, role) in ranges:

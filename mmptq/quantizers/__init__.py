@@ -1,6 +1,6 @@
 """WHAT a tensor becomes."""
 from .adalog import AdaLogQuantizer
-from .base import Params, Quantizer
+from .base import Calibrated, Float, Grid, Params, Quantizer, calibrated_parts
 from .uniform import UniformQuantizer
 
-__all__ = ['AdaLogQuantizer', 'Params', 'Quantizer', 'UniformQuantizer']
+__all__ = ['AdaLogQuantizer', 'Calibrated', 'Float', 'Grid', 'Params', 'Quantizer', 'UniformQuantizer', 'calibrated_parts']

@@ -1,10 +1,13 @@
 """AdaLog: quantization to an adaptive logarithmic base (Wu et al., AdaLog, ECCV 2024)."""
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .base import Params, Quantizer, in_chunks
+from .base import Change, Grid, Params, Quantizer, around, beside, best_of, in_chunks
 from .uniform import quantiles
 
 R = 37
@@ -12,9 +15,6 @@ R = 37
 
 Q_RANGE = range(10, 138)
 """The numerators that are searched. q = 37 is log2; log-sqrt2 is q/R = 1/2, that is q = 18.5."""
-
-GELU_MINIMUM = 0.16997124254703522
-"""Minus the minimum of GELU: ``gelu(x) + GELU_MINIMUM`` is not negative."""
 
 
 def encode_adalog(x: Tensor, scale: Tensor, q: Tensor, levels: int) -> Tensor:
@@ -33,25 +33,25 @@ def decode_table(q: Tensor, levels: int) -> tuple[Tensor, Tensor, int]:
     code k is ``s 2^(-T1[k]) T2[k] / G``.
 
     Args:
-        q: Numerator of the base's exponent, shape ().
+        q: Numerator of the base's exponent, any shape.
         levels: N.
 
     Returns:
-        T1 and T2 as float64 tensors of N integers, and G = 2N - 2.
+        T1 and T2 as float64 tensors of N integers for each q, (..., N), and G = 2N - 2.
     """
-    steps = torch.arange(levels, dtype=torch.float64, device=q.device) * q.to(torch.float64)
+    steps = torch.arange(levels, dtype=torch.float64, device=q.device) * q.to(torch.float64)[..., None]
     shift = torch.floor(steps / R)
     largest = 2 * levels - 2
     return shift, torch.round(largest * torch.exp2(-(steps - shift * R) / R)), largest
 
 
 def decode_values(scale: Tensor, q: Tensor, levels: int, strict: bool) -> Tensor:
-    """The value of every code, in the scale's dtype: N values and a zero (``strict``: N - 1 values and zeros)."""
+    """The value of every code, (..., N + 1) in the scale's dtype: N values and a zero (``strict``: N - 1 values and zeros)."""
     shift, mantissa, largest = decode_table(q, levels)
-    values = scale.to(torch.float64) * torch.exp2(-shift) * mantissa / largest
-    values = torch.cat([values, values.new_zeros(1)])
+    values = scale.to(torch.float64)[..., None] * torch.exp2(-shift) * mantissa / largest
+    values = torch.cat([values, torch.zeros_like(values[..., :1])], -1)
     if strict:
-        values[levels - 1] = 0
+        values[..., levels - 1] = 0
     return values.to(scale.dtype)
 
 
@@ -64,8 +64,6 @@ class AdaLogQuantizer(Quantizer):
     Args:
         bits: Width of a code, 2 to 8.
         strict: Exactly 2^bits levels, zero among them.
-        shift: Constant c added before quantization and subtracted after it: the values lie in ``[-c, scale - c]``.
-            After GELU c is :data:`GELU_MINIMUM`.
         fixed_scale: The scale, if it is known (1 for probabilities); not searched then.
         fixed_q: The base's numerator, if it is not to be adapted.
 
@@ -76,53 +74,85 @@ class AdaLogQuantizer(Quantizer):
     scale: Tensor | None
     q: Tensor | None
 
-    def __init__(self, bits: int, strict: bool = False, shift: float = 0.0, fixed_scale: float | None = None,
-                 fixed_q: float | None = None) -> None:
+    def __init__(self, bits: int, strict: bool = False, fixed_scale: float | None = None, fixed_q: float | None = None) -> None:
         super().__init__(bits)
         self.strict = strict
-        self.shift = shift
         self.fixed_scale = fixed_scale
         self.fixed_q = fixed_q
 
+    @property
+    def zero_code(self) -> int:
+        """The code of zero: the last one in strict mode, else the one beyond the last."""
+        return self.levels - self.strict
+
+    @property
+    def effective_bits(self) -> float:
+        """b in strict mode, else a little more: N values and zero."""
+        return math.log2(self.zero_code + 1)
+
     def encode(self, x: Tensor, scale: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
-        # The last code is the only zero in strict mode, else the one beyond the last.
-        return encode_adalog(x + self.shift if self.shift else x, scale, q, self.levels - self.strict).to(torch.int16)
+        return encode_adalog(x, scale, q, self.zero_code).to(torch.int16)
 
     def decode(self, codes: Tensor, scale: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
-        values = decode_values(scale, q, self.levels, self.strict) - self.shift
-        return values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        return decode_values(scale, q, self.levels, self.strict).index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
-        values = decode_values(scale, q, self.levels, self.strict) - self.shift
-        zero_code = self.levels - self.strict
+    def fake_quantize(self, x: Tensor, scale: Tensor, q: Tensor, before: Change | None = None) -> Tensor:  # type: ignore[override]
+        values = decode_values(scale, q, self.levels, self.strict)
 
         def chain(piece: Tensor, out: Tensor) -> None:
-            codes = encode_adalog(piece + self.shift if self.shift else piece, scale, q, zero_code)
+            codes = encode_adalog(piece, scale, q, self.zero_code)
             if out.is_contiguous() and codes.is_contiguous() and out.dtype == values.dtype:
                 torch.index_select(values, 0, codes.view(-1), out=out.view(-1))
             else:
                 out.copy_(values[codes])
 
-        return in_chunks(chain, x)
+        return in_chunks(chain, x, before=before)
+
+    def rounder(self, x: Tensor) -> Callable[..., Tensor]:
+        logarithm = x.clamp(min=0).log2_()[:, :, None]  # once for all candidates
+
+        def rounded(scale: Tensor, q: Tensor) -> Tensor:
+            # Values on the edge between two codes may round otherwise than in encode_adalog.
+            k = (logarithm - beside(scale.log2())).mul_(beside(-R / q)).round_().clamp_(0, self.zero_code)
+            tables = decode_values(scale, q, self.levels, self.strict)  # (n, groups, N + 1)
+            starts = torch.arange(scale.numel(), dtype=k.dtype, device=x.device).view(scale.shape) * tables.shape[-1]
+            return tables.view(-1).index_select(0, k.add_(beside(starts)).int().view(-1)).view(k.shape)
+
+        return rounded
 
     def range_params(self, low: Tensor, high: Tensor) -> Params:
-        """The scale that covers ``high`` unless it is fixed, with base 2 unless that is; nothing below ``-shift`` is covered."""
-        scale = high + self.shift
-        scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+        """The scale that covers ``high`` unless it is fixed, with base 2 unless that is; nothing below zero is covered."""
+        scale = torch.where(high > torch.finfo(high.dtype).tiny, high, torch.ones_like(high))
         if self.fixed_scale is not None:
             scale = torch.full_like(scale, self.fixed_scale)
         return {'scale': scale, 'q': torch.full_like(scale, R if self.fixed_q is None else self.fixed_q)}
 
-    def candidates(self, values: Tensor, count: int) -> Params:
-        """A scan of bases; where the scale is not fixed, with scales from the largest value inwards to the 0.9 quantile."""
-        inner, high = quantiles(values, (0.9, 1))  # (1,) each
-        steps = 1 if self.fixed_scale is not None else 8
-        fractions = torch.linspace(1, 0, steps, dtype=values.dtype, device=values.device).square()[:, None]
-        scales = self.range_params(high, torch.lerp(inner, high, fractions))['scale']
-        every = max(1, len(Q_RANGE) * steps // count)  # log2 is always among them
+    def candidates(self, values: Tensor, count: int, present: Params | None = None) -> Grid:
+        """FPCS's first grid after GELU: all bases at the present scale, or, if there is none, at the one that covers all values."""
+        params = self.range_params(values.amin(1), values.amax(1)) if present is None else present
+        scale = params['scale'][None]  # (1, groups)
+        every = max(1, len(Q_RANGE) // count)  # log2 is always among them
         bases = [self.fixed_q] if self.fixed_q is not None else Q_RANGE[(R - Q_RANGE.start) % every::every]
-        q = torch.tensor(bases, dtype=values.dtype, device=values.device)[:, None]
-        return {'scale': scales.repeat(len(q), 1), 'q': q.repeat_interleave(steps, 0)}
+        q = torch.tensor(bases, dtype=values.dtype, device=values.device)[:, None].expand(-1, scale.shape[1])
+        return Grid({'scale': scale.expand_as(q), 'q': q}, torch.zeros_like(scale[0]))
+
+    def refine(self, grid: Grid, errors: Tensor, values: Tensor, count: int, width: int) -> Grid | None:
+        """16 scales for each of the 8 best bases, from the 0.9 quantile of the larger values to the largest; then 4 around each of 32.
+
+        (With ``width`` 16 and ``count`` 128.) The larger values are those above the mean, which after GELU are the positive ones.
+        """
+        if self.fixed_scale is not None or grid.stage == 2:
+            return None
+        best = best_of(grid, errors, max(1, width // 2) if grid.stage == 0 else 2 * width)
+        children = max(2, count // len(best['q']))
+        q = best['q'].repeat_interleave(children, 0)
+        if grid.stage:
+            return Grid({'scale': around(best['scale'], grid.spacing, children), 'q': q}, grid.spacing / children, grid.stage + 1)
+        ends = [quantiles(row[row >= row.mean().clamp(max=row.max())][None], (0.9, 1.0)).flatten() for row in values]  # a row: (values,)
+        inner, high = torch.stack(ends, 1)  # (groups,) each
+        fractions = torch.linspace(1, 0, children, dtype=values.dtype, device=values.device)[:, None]
+        scales = self.range_params(high, torch.lerp(inner, high, fractions))['scale']  # (children, groups)
+        return Grid({'scale': scales.repeat(len(best['q']), 1), 'q': q}, (high - inner) / max(1, children - 1), 1)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (', strict' if self.strict else '') + (f', shift={self.shift}' if self.shift else '')
+        return super().extra_repr() + (', strict' if self.strict else '')

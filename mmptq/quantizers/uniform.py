@@ -1,12 +1,15 @@
 """Uniform affine quantization, per tensor, per channel or per head."""
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .base import Params, Quantizer, in_chunks
+from .base import Change, Grid, Params, Quantizer, around, beside, best_of, in_chunks
+
+MOST_ZERO_POINTS = 16
+"""Zero points that a grid tries for each scale, at most. With more of them the scales of an 8-bit grid would be too few."""
 
 
 def encode_uniform(x: Tensor, scale: Tensor, zero_point: Tensor, levels: int) -> Tensor:
@@ -35,16 +38,22 @@ class UniformQuantizer(Quantizer):
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # type: ignore[override]
         return decode_uniform(codes, scale, zero_point)
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # type: ignore[override]
-        # Four passes over a piece in the cache; torch's fused kernels are not vectorized and take many times as long.
-        inverse = scale.reciprocal()
-        low, high = -zero_point.to(scale.dtype), (self.levels - 1 - zero_point).to(scale.dtype)
-        bounds = (float(low), float(high)) if scale.ndim == 0 and scale.device.type == 'cpu' else (low, high)
+    def fake_quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor,  # type: ignore[override]
+                      before: Change | None = None) -> Tensor:
+        # A few passes over a piece in the cache; torch's fused kernels, and its clamp to tensors, take many times as long.
+        inverse, zero = scale.reciprocal(), zero_point.to(scale.dtype)
 
         def chain(piece: Tensor, out: Tensor) -> None:
-            torch.mul(piece, inverse, out=out).round_().clamp_(*bounds).mul_(scale)
+            torch.mul(piece, inverse, out=out).round_().add_(zero).clamp_(0, self.levels - 1).sub_(zero).mul_(scale)
 
-        return in_chunks(chain, x, split=self.axis != -x.ndim)
+        return in_chunks(chain, x, split=self.axis != -x.ndim, before=before)
+
+    def rounder(self, x: Tensor) -> Callable[..., Tensor]:
+        def rounded(scale: Tensor, zero_point: Tensor) -> Tensor:
+            s, z = beside(scale), beside(zero_point).to(scale.dtype)
+            return (x[:, :, None] * s.reciprocal()).round_().add_(z).clamp_(0, self.levels - 1).sub_(z).mul_(s)
+
+        return rounded
 
     def range_params(self, low: Tensor, high: Tensor) -> Params:
         """Scale and zero point whose grid covers ``[min(low, 0), max(high, 0)]``.
@@ -52,19 +61,41 @@ class UniformQuantizer(Quantizer):
         A range without width (a constant zero) gets scale 1, which keeps zero exact.
         """
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / (self.levels - 1)
-        scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+        scale = _usable((high - low) / (self.levels - 1))
         zero_point = torch.round(-low / scale).clamp_(0, self.levels - 1)
         return {'scale': scale, 'zero_point': zero_point.to(torch.int32)}
 
-    def candidates(self, values: Tensor, count: int) -> Params:
-        """Ranges from the extremes, and zero, inwards to the 0.1 and 0.9 quantiles, denser inside; each end by itself."""
-        steps = max(2, math.isqrt(count))
-        fractions = torch.linspace(1, 0, steps, dtype=values.dtype, device=values.device).square()[:, None]
-        low, inner_low, inner_high, high = quantiles(values, (0, 0.1, 0.9, 1))
-        lows = torch.lerp(inner_low, low, fractions)  # (steps, groups)
-        highs = torch.lerp(inner_high, high, fractions)
-        return self.range_params(lows.repeat_interleave(steps, 0), highs.repeat(steps, 1))
+    def candidates(self, values: Tensor, count: int, present: Params | None = None) -> Grid:
+        """FPCS's first grid: scales of ranges as wide as from the 0.9 and 0.1 quantiles to the extremes, times zero points.
+
+        N zero points per tensor, N/2 per channel or head, at most :data:`MOST_ZERO_POINTS`. The paper centres them on N/2;
+        here they are centred on the zero point of the whole range, which is the same where all N are tried, and for more bits
+        does not waste the grid where values are one-sided.
+        """
+        low, inner_low, inner_high, high = quantiles(values, (0, 0.1, 0.9, 1))  # (groups,) each
+        number = min(MOST_ZERO_POINTS, self.levels if self.axis is None else self.levels // 2)
+        steps = max(2, count // number)
+        widest = high.clamp(min=0) - low.clamp(max=0)
+        narrowest = torch.minimum(inner_high - inner_low, widest)
+        fractions = torch.linspace(0, 1, steps, dtype=values.dtype, device=values.device)[:, None]
+        scales = torch.lerp(narrowest, widest, fractions) / (self.levels - 1)  # (steps, groups)
+        scales = torch.where(_usable(scales) == scales, scales, _usable(widest / (self.levels - 1)))
+        center = self.range_params(low, high)['zero_point']
+        first = (center - number // 2).clamp(0, self.levels - number)
+        zero_points = first + torch.arange(number, dtype=torch.int32, device=values.device)[:, None]  # (number, groups)
+        spacing = (widest - narrowest) / (self.levels - 1) / (steps - 1)
+        return Grid({'scale': scales.repeat_interleave(number, 0), 'zero_point': zero_points.repeat(steps, 1)}, spacing)
+
+    def refine(self, grid: Grid, errors: Tensor, values: Tensor, count: int, width: int) -> Grid:
+        """Scales within half a spacing of each survivor; then the spacing is 7.5 times smaller."""
+        best = best_of(grid, errors, width)
+        children = max(2, count // width)
+        params = {'scale': around(best['scale'], grid.spacing, children), 'zero_point': best['zero_point'].repeat_interleave(children, 0)}
+        return Grid(params, grid.spacing / (children - 0.5), grid.stage + 1)
+
+
+def _usable(scale: Tensor) -> Tensor:
+    return torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
 
 
 def quantiles(values: Tensor, fractions: tuple[float, ...]) -> Tensor:

@@ -15,6 +15,7 @@ from mmptq.apis import load_recipe, quantize
 from mmptq.engine.checkpoint import safe_loading
 from mmptq.quantizers import Quantizer
 
+from ..conftest import fast
 from .conftest import FEW, SHARED
 
 
@@ -109,6 +110,8 @@ def test_stock_test_tool_runs_on_the_quantized_config(task, quantized, tmp_path)
 @pytest.mark.parametrize('change, named', [
     (lambda state: state.pop('backbone.patch_embed.projection.input_quantizer.scale'), r'projection\.input_quantizer\.scale'),
     (lambda state: state.update({'backbone.norm3.input_quantizer.scale': torch.ones(())}), 'backbone.norm3.input_quantizer.scale'),
+    (lambda state: state.update({'backbone.stages.0.blocks.0.ffn.layers.1.rescale.shift': torch.ones(())}),
+     r'layers\.1\.rescale\.shift'),
     (lambda state: state.pop('backbone.norm3.weight'), 'backbone.norm3.weight'),
     (lambda state: state.update({'backbone.norm3.weight': torch.ones(5)}), 'backbone.norm3.weight'),
 ])
@@ -150,7 +153,7 @@ def test_scope_model_quantizes_neck_and_heads_and_says_so(task, tmp_path):
 def test_killed_run_resumes_with_the_same_result(upernet, tmp_path, monkeypatch):
     from mmptq.methods import AdaLog
     settings = dict(cfg_options=FEW, calib_images=2, evaluate=False)
-    whole = quantize(upernet.config, upernet.checkpoint, 'adalog_w4a4', work_dir=str(tmp_path / 'whole'), **settings)
+    whole = quantize(upernet.config, upernet.checkpoint, fast(), work_dir=str(tmp_path / 'whole'), **settings)
     original, blocks = AdaLog.calibrate, []
 
     def killed_at_the_fourth(self, block):
@@ -161,13 +164,13 @@ def test_killed_run_resumes_with_the_same_result(upernet, tmp_path, monkeypatch)
 
     monkeypatch.setattr(AdaLog, 'calibrate', killed_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        quantize(upernet.config, upernet.checkpoint, 'adalog_w4a4', work_dir=str(tmp_path / 'cut'), **settings)
+        quantize(upernet.config, upernet.checkpoint, fast(), work_dir=str(tmp_path / 'cut'), **settings)
     assert not (tmp_path / 'cut' / 'quantized.pth').exists()
-    resumed = quantize(upernet.config, upernet.checkpoint, 'adalog_w4a4', work_dir=str(tmp_path / 'cut'), resume=True, **settings)
+    resumed = quantize(upernet.config, upernet.checkpoint, fast(), work_dir=str(tmp_path / 'cut'), resume=True, **settings)
     assert blocks[4] == blocks[3] and len(set(blocks)) == len(blocks) - 1  # begins again with the block that was cut
     assert resumed['layers'] == whole['layers']
     a, b = (torch.load(tmp_path / name / 'quantized.pth', weights_only=True)['state_dict'] for name in ('whole', 'cut'))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(torch.equal(a[name], b[name]) for name in a) and sum('.rescale.' in name for name in a) > 10
 
 
 def test_progress_of_another_run_is_not_taken_up(upernet, tmp_path, monkeypatch):
@@ -234,10 +237,8 @@ def test_python_objects_do_as_well_as_names(upernet, tmp_path):
 @pytest.mark.skipif(not (SHARED / 'zoo').exists(), reason='needs ../shared/zoo and ../shared/data, which are not part of the project')
 @pytest.mark.parametrize('name, metric', [('upernet_deit-t_camvid', 'mIoU'), ('mask-rcnn_deit-t_pennfudan', 'coco/bbox_mAP')])
 def test_stock_models_on_real_photographs(name, metric, tmp_path):
-    recipe = load_recipe('adalog_w4a4')
-    recipe['method'].update(rows=128, candidates=16)  # quick
-    summary = quantize(str(SHARED / 'zoo' / f'{name}.py'), str(SHARED / 'zoo' / f'{name}.pth'), recipe, work_dir=str(tmp_path),
-                       cfg_options={'test_dataloader.dataset.indices': 8}, calib_images=4)
+    summary = quantize(str(SHARED / 'zoo' / f'{name}.py'), str(SHARED / 'zoo' / f'{name}.pth'), fast(), work_dir=str(tmp_path),
+                       cfg_options={'test_dataloader.dataset.indices': 4}, calib_images=2)
     assert summary['quantized']['metrics'][metric] > summary['float']['metrics'][metric] / 2 > 0
     assert summary['quantized']['metrics'] != summary['float']['metrics']
     assert all(row['reason'] is None or not row['name'].startswith('backbone.') for row in summary['layers'])
@@ -245,13 +246,26 @@ def test_stock_models_on_real_photographs(name, metric, tmp_path):
 
 def test_a_config_with_the_backbone_wrapper_and_the_hook_needs_no_tool_of_ours(task, tmp_path):
     cfg = Config.fromfile(task.config.replace('.py', '_adalog-w4a4.py'))
+    assert cfg.model.backbone.recipe == 'adalog_w4a4'
+    cfg.model.backbone.recipe = fast()
     cfg.merge_from_dict({**FEW, 'custom_hooks': [dict(type='mmptq.PTQHook', images=1)]})
-    _, metrics = stock_test(cfg, task.checkpoint, tmp_path)
-    summary = json.loads((tmp_path / 'summary.json').read_text())
+    runner, metrics = stock_test(cfg, task.checkpoint, tmp_path / 'a')
+    summary = json.loads((tmp_path / 'a' / 'summary.json').read_text())
     assert summary['recipe']['name'] == 'adalog_w4a4' and summary['calibration']['images'] == 1
     assert summary['quantized']['metrics'] == {name: float(value) for name, value in metrics.items()}
     kinds = {row['site']: row['quantizer'] for row in summary['layers'] if row['quantizer']}
     assert kinds['post_gelu']['input'] == kinds['post_softmax/value']['left'] == 'AdaLogQuantizer'
+    again, same = stock_test(Config.fromfile(tmp_path / 'a' / 'quantized.py'), tmp_path / 'a' / 'quantized.pth', tmp_path / 'b')
+    assert same == metrics
+    before, after = runner.model.state_dict(), again.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    kept = [key for key in after if '.rescale.' in key]
+    assert {key.rsplit('.', 1)[1] for key in kept} == {'scale', 'shift'}
+    checkpoint = torch.load(tmp_path / 'a' / 'quantized.pth', weights_only=True)
+    del checkpoint['state_dict'][kept[0]]
+    torch.save(checkpoint, tmp_path / 'broken.pth')
+    with pytest.raises(QuantizationError, match=kept[0].removeprefix('backbone.').replace('.', r'\.')):
+        stock_test(Config.fromfile(tmp_path / 'a' / 'quantized.py'), tmp_path / 'broken.pth', tmp_path / 'b')
 
 
 def test_the_given_config_is_not_changed_and_the_float_run_is_float(upernet, tmp_path):

@@ -13,7 +13,7 @@ from mmptq.apis import load_recipe
 from mmptq.backbones import find_spec
 from mmptq.backbones.convert import convert, convert_layers, layers_with_products
 from mmptq.calibration import operations
-from mmptq.layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
+from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, QuantOp, Rescale
 
 from ..conftest import SWIN, VIT, build_in, image, quantizable, quantizers_of, randomized, recipe
 
@@ -91,6 +91,15 @@ def test_every_layer_is_quantized(family, backbone):
     products = {name.rpartition('.')[2]: tuple(op.sites.values()) for name, op in ops.items() if op.kind == 'matmul'}
     assert products == {'qk': ('query', 'key'), 'pv': ('post_softmax', 'value')}
     assert {op.sites['input'] for op in ops.values() if op.kind == 'linear'} == {'post_norm', 'post_attention', 'post_gelu'}
+
+
+def test_layers_after_a_norm_and_after_gelu_are_rescaled(family, backbone):
+    found = {}
+    for op in operations(backbone).values():
+        if op.kind == 'linear':
+            found.setdefault(op.sites['input'], set()).add(type(op.rescale))
+    assert found == {'post_norm': {Rescale}, 'post_gelu': {GeluShift}, 'post_attention': {type(None)}}
+    assert not [key for key in backbone.state_dict() if 'rescale' in key]
 
 
 def subclass(base, **layers):

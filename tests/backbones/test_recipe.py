@@ -7,9 +7,10 @@ from torch import nn
 from mmptq import QuantizationError
 from mmptq.apis import load_recipe, recipe_names
 from mmptq.backbones import SITES, Bits, Recipe
-from mmptq.layers import QuantConv2d, QuantLinear, QuantMatMul
+from mmptq.backbones.presets import recipe_of
+from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Rescale
 from mmptq.methods import AdaLog, MinMax
-from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer
+from mmptq.quantizers import AdaLogQuantizer, Float, UniformQuantizer
 
 from ..conftest import recipe
 
@@ -29,10 +30,12 @@ def changed(path, value):
 @pytest.mark.parametrize('name', recipe_names())
 @pytest.mark.parametrize(('weight', 'activation'), [(2, 2), (4, 8), (8, 3)])
 def test_recipes_on_disk(name, weight, activation):
-    raw = load_recipe(f'{name}_w{weight}a{activation}')
+    method, _, variant = name.partition('_')
+    name = f'{method}_w{weight}a{activation}' + (f'_{variant}' if variant else '')
+    raw = load_recipe(name)
     loaded = Recipe.from_dict(raw)
     assert isinstance(raw, dict) and loaded.bits == Bits(weight, activation, activation)
-    assert loaded.name == f'{name}_w{weight}a{activation}'
+    assert loaded.name == name
     assert set(raw['quantizers']) == set(SITES)
     assert loaded.to_dict() == raw and Recipe.from_dict(loaded.to_dict()) == loaded
     for site in SITES:
@@ -48,8 +51,36 @@ def test_what_the_recipes_are():
         gelu, softmax = (loaded.build_quantizer(site, None) for site in ('post_gelu', 'post_softmax'))
         assert isinstance(gelu, AdaLogQuantizer) and isinstance(softmax, AdaLogQuantizer)
         assert gelu.fixed_q == softmax.fixed_q == base
-        assert (gelu.shift, gelu.fixed_scale, softmax.shift, softmax.fixed_scale) == (0.16997124254703522, None, 0, 1)
+        assert (gelu.fixed_scale, softmax.fixed_scale) == (None, 1)
         assert isinstance(loaded.build_quantizer('post_norm', None), UniformQuantizer)
+        rescales = {site: options['rescale'] for site, options in loaded.quantizers.items() if 'rescale' in options}
+        assert rescales == {'post_norm': 'per_channel', 'post_gelu': 'gelu'}
+    method = recipe('adalog_w4a4').build_method()
+    assert (method.steps, method.width, method.candidates, method.rounds, method.propagate_error) == (6, 16, 128, 3, False)  # the paper's
+
+
+def test_variants_of_adalog_differ_in_the_method_only():
+    plain = load_recipe('adalog_w4a4')
+    for name in recipe_names():
+        if name.startswith('adalog_'):
+            variant = load_recipe(f'adalog_w4a4_{name.removeprefix("adalog_")}')
+            assert {**variant, 'name': 0, 'method': 0} == {**plain, 'name': 0, 'method': 0} and variant['method'] != plain['method']
+    fast, full = (recipe(name).build_method() for name in ('adalog_w4a4_fast', 'adalog_w4a4'))
+    assert fast.steps * fast.candidates * fast.rounds < 0.3 * full.steps * full.candidates * full.rounds
+
+
+@pytest.mark.parametrize('name', ['adalog_w4a4_slow', 'adalog_w4a4fast', 'adalog_w4_fast', 'minmax_w4a4_fast', 'adalog_w4a4_w4a4', '_w4a4'])
+def test_unknown_names_are_refused_with_a_list_of_the_known(name):
+    with pytest.raises(QuantizationError, match=f'unknown recipe {name!r}.*adalog_fast, .*minmax'):
+        load_recipe(name)
+
+
+@pytest.mark.parametrize('softmax', [2, 8])
+def test_softmax_bits_of_a_recipe_by_method(softmax):
+    loaded = Recipe.from_dict(recipe_of('adalog_fast', 3, 4, softmax))
+    assert loaded.bits == Bits(3, 4, softmax) and loaded.name == f'adalog_w3a4s{softmax}_fast'
+    with pytest.raises(QuantizationError, match='9 bits for softmax'):
+        recipe_of('adalog', 4, 4, 9)
 
 
 def test_softmax_bits_of_their_own():
@@ -68,6 +99,31 @@ def test_granularity():
     assert (linear.weight_quantizer.axis, conv.weight_quantizer.axis) == (-2, -4)
     assert conv.input_quantizer.bits == 8 and conv.sites == {'input': 'image', 'weight': 'weight'}
     assert isinstance(linear, nn.Linear)
+
+
+@pytest.mark.parametrize('name', ['adalog_w4a4', 'minmax_w4a4'])
+def test_rescales_are_children_of_the_linear_layers_of_their_sites(name):
+    loaded = recipe(name)
+    expected = {'post_norm': Rescale, 'post_gelu': GeluShift} if name == 'adalog_w4a4' else {}
+    for site in ('post_norm', 'post_gelu', 'post_attention', 'linear'):
+        op = QuantLinear.from_float(nn.Linear(4, 3))
+        loaded.equip(op, {'input': site, 'weight': 'weight'})
+        assert type(op.rescale) is expected.get(site, type(None)) and set(op.state_dict()) == {'weight', 'bias'}
+
+
+def test_any_site_of_a_linear_layer_may_be_rescaled():
+    for site in ('post_norm', 'post_attention', 'post_gelu', 'linear'):
+        loaded = Recipe.from_dict(changed(('quantizers', site), dict(type='UniformQuantizer', rescale='per_channel')))
+        op = QuantLinear.from_float(nn.Linear(4, 3))
+        loaded.equip(op, {'input': site, 'weight': 'weight'})
+        assert isinstance(op.rescale, Rescale) and loaded.to_dict()['quantizers'][site]['rescale'] == 'per_channel'
+
+
+def test_a_site_that_is_not_quantized():
+    loaded = recipe(image=dict(type='Float'))
+    conv = QuantConv2d.from_float(nn.Conv2d(4, 3, 1))
+    loaded.equip(conv, {'input': 'image', 'weight': 'weight'})
+    assert isinstance(conv.input_quantizer, Float) and conv.input_quantizer.bits == 32 and conv.weight_quantizer.bits == 4
 
 
 @pytest.mark.parametrize(('path', 'value', 'named'), [
@@ -91,6 +147,13 @@ def test_granularity():
     (('quantizers', 'query', 'type'), None, ['site query', 'unknown type None']),
     (('quantizers', 'query', 'shiftt'), 0.1, ['site query', 'shiftt']),
     (('quantizers', 'post_softmax', 'per_head'), True, ['site post_softmax', 'axis']),
+    (('quantizers', 'image', 'rescale'), 'per_channel', ['rescale', 'site image', 'post_norm']),
+    (('quantizers', 'weight', 'rescale'), 'gelu', ['rescale', 'site weight']),
+    (('quantizers', 'query', 'rescale'), 'per_channel', ['rescale', 'site query']),
+    (('quantizers', 'post_norm', 'rescale'), 'per_tensor', ['rescale', "'per_tensor'", 'per_channel, gelu', 'site post_norm']),
+    (('quantizers', 'post_norm', 'rescale'), True, ['rescale', 'True', 'site post_norm']),
+    (('quantizers', 'post_norm', 'rescale'), ['gelu'], ['rescale', "['gelu']", 'site post_norm']),
+    (('method',), dict(type='MinMax'), ['MinMax', 'rescale']),
     (('method', 'type'), 'AdaRound', ['method', "'AdaRound'", 'AdaLog', 'MinMax']),
     (('method', 'type'), None, ['method', 'unknown type None']),
     (('method', 'iterations'), 10, ['method', 'iterations']),
@@ -119,7 +182,8 @@ def test_granularity_that_a_site_does_not_have_is_refused(site, option):
         Recipe.from_dict(changed(('quantizers', site), {'type': 'UniformQuantizer', option: True}))
 
 
-@pytest.mark.parametrize(('option', 'value'), [('candidates', 0), ('rows', 0), ('rounds', 0), ('rows', -5)])
+@pytest.mark.parametrize(('option', 'value'), [('steps', 0), ('width', 0), ('candidates', 0), ('rank', 0), ('rounds', 0), ('rows', 0),
+                                               ('rows', -5)])
 def test_searches_of_nothing_are_refused(option, value):
     with pytest.raises(QuantizationError, match=option):
         Recipe.from_dict(changed(('method', option), value))

@@ -10,7 +10,7 @@ from mmptq import QuantizationError
 from mmptq.backbones import find_spec
 from mmptq.calibration import Block, Call, Stream, operations
 from mmptq.calibration.capture import merge
-from mmptq.layers import QuantLinear, QuantMatMul, extend_attention
+from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Rescale, extend_attention
 
 from ..conftest import SWIN, TwoProducts, equip, image, quantizable
 
@@ -319,6 +319,83 @@ def test_visitors_may_multiply_within_an_attention():
     torch.testing.assert_close(sums['qkv'], torch.einsum('bti,btj->ij', x, x))
 
 
+def moved(block):
+    """The block with calls of the float model that differ from those it gets."""
+    return Block(block.name, block.module, block.calls, block.ops, block.seed, [Call((call.args[0] + 1,)) for call in block.calls])
+
+
+def test_samples_are_of_the_calls_and_outputs_of_the_float_model():
+    block = moved(two_layers())
+    outputs = block.observe(10**6)
+    assert all(torch.equal(output, block.module(call.args[0] + 1)) for output, call in zip(outputs, block.calls, strict=True))
+    assert torch.equal(block.samples['stage.0'][0][0], torch.cat([call.args[0] for call in block.calls]))
+
+
+def test_sums_are_of_what_operations_get():
+    """In float; or, where the calls are those of a quantized model, behind the block's quantized operations."""
+    for block in (two_layers(), moved(two_layers())):
+        for op in block.ops.values():
+            op.input_quantizer.set(scale=torch.tensor(0.3), zero_point=torch.tensor(8, dtype=torch.int32))
+            op.weight_quantizer.set(scale=torch.tensor(0.1), zero_point=torch.tensor(8, dtype=torch.int32))
+        x = torch.cat([call.args[0] for call in block.calls])
+        first, _ = block.module
+        seen = {'stage.0': x, 'stage.1': first.float_forward(x) if block.float_calls is block.calls else first(x)}
+        for name, gram in block.grams().items():
+            rounded = block.ops[name].input_quantizer(seen[name])
+            part = gram.objective(torch.eye(4)[None], 1)
+            torch.testing.assert_close(part.root[0, 0], rounded.T @ rounded, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(part.linear()[0, 0].mT, rounded.T @ (rounded - seen[name]), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(first.float_forward(x), first(x), atol=0.05)
+
+
+def test_samples_say_how_many_rows_they_stand_for():
+    block = two_layers()
+    block.observe(30)
+    for name in ('stage.0', 'stage.1'):
+        (sample,), = block.samples[name]
+        weights = block.weights[name]
+        assert weights.shape == (len(sample),) and (weights > 0).all() and 90 < weights.sum() < 210  # of 150 rows
+    block.observe(10**6)
+    assert all((weights == 1).all() and len(weights) == 150 for weights in block.weights.values())
+
+
+def test_samples_of_a_convolution_say_how_many_rows_they_stand_for():
+    op = equip(QuantConv2d.from_float(nn.Conv2d(3, 5, 3, padding=1, groups=1)))
+    block = Block('conv', op, [Call((image(12, 10),)), Call((image(9, 14, 1),))], {'conv': op})
+    block.observe(60)
+    assert block.samples['conv'][0][0].shape == (60, 3, 3, 3) and block.weights['conv'].shape == (60,)
+    assert 120 < block.weights['conv'].sum() < 370  # of 246 rows
+    block.observe(10**6)
+    assert torch.equal(block.weights['conv'], torch.ones(246))
+
+
+def test_what_is_calibrated_does_not_change_samples_and_float_outputs():
+    block, calibrated = two_layers(), two_layers()
+    for op in calibrated.ops.values():
+        for quantizer in op.quantizers().values():
+            quantizer.set(scale=torch.tensor(0.7), zero_point=torch.tensor(3, dtype=torch.int32))
+    assert all(torch.equal(*pair) for pair in zip(block.observe(20), calibrated.observe(20), strict=True))
+    assert all(torch.equal(a[0], b[0]) for name in block.samples
+               for a, b in zip(block.samples[name], calibrated.samples[name], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(block.run(), calibrated.run_float(), strict=True))
+    assert not torch.allclose(calibrated.run()[0], calibrated.run_float()[0])
+    assert all('forward' not in vars(op) for op in calibrated.ops.values())
+
+
+def test_float_outputs_are_those_of_the_float_calls():
+    block = moved(two_layers())
+    assert all(torch.equal(output, block.module(call.args[0] + 1)) for output, call in zip(block.run_float(), block.calls, strict=True))
+
+
+def test_operations_compute_as_before_after_an_error_in_float():
+    block = two_layers()
+    block.calls.append(Call((torch.randn(2, 5),)))
+    for run in (lambda: block.observe(10), block.run_float, block.grams):
+        with pytest.raises(RuntimeError):
+            run()
+        assert all('forward' not in vars(op) and not op._forward_pre_hooks for op in block.ops.values())
+
+
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 def test_activations_that_are_not_finite_name_their_operation(bad):
     block = two_layers()
@@ -331,7 +408,7 @@ def test_activations_that_are_not_finite_name_their_operation(bad):
 
 def test_operations_that_do_not_run_are_named():
     block = two_layers()
-    block.ops['stage.idle'] = equip(QuantLinear(4, 4))
+    block.ops['stage.idle'] = equip(QuantLinear.from_float(nn.Linear(4, 4)))
     with pytest.raises(QuantizationError, match=r'stage\.idle received nothing in 3 calibration images'):
         block.observe(10)
 
@@ -352,15 +429,37 @@ def test_samples_of_like_shapes_are_joined():
 
 def test_state_is_loaded_again():
     blocks = [two_layers() for _ in range(2)]
+    for block in blocks:
+        block.module[0].rescale, block.module[1].rescale = Rescale(), GeluShift()
+    blocks[0].module[0].rescale.set(scale=torch.rand(4) + 0.5, shift=torch.randn(4))
+    blocks[0].module[1].rescale.set(shift=torch.tensor(0.17))
     for op in blocks[0].ops.values():
         for quantizer in op.quantizers().values():
             quantizer.set(scale=torch.rand(()) + 0.1, zero_point=torch.randint(0, 15, (), dtype=torch.int32))
     state = blocks[0].state()
-    assert len(state) == 8 and 'stage.1.weight_quantizer.zero_point' in state
+    assert len(state) == 11 and {'stage.1.weight_quantizer.zero_point', 'stage.0.rescale.scale', 'stage.1.rescale.shift'} <= set(state)
     blocks[1].load(state)
     x = torch.randn(6, 4)
     assert torch.equal(blocks[1].module(x), blocks[0].module(x))
     assert two_layers().state() == {}
+
+
+def test_changed_weights_are_part_of_the_state_and_are_taken_back():
+    block, other = two_layers(), two_layers()
+    before, parameter = block.module[0].weight.clone(), block.module[0].weight
+    block.set_weight('stage.0', before + 1)
+    block.set_weight('stage.0', before + 2)
+    assert block.module[0].weight is parameter and torch.equal(parameter, before + 2)
+    assert torch.equal(block.float_weights['stage.0'], before) and list(block.float_weights) == ['stage.0']
+    state = block.state()
+    assert set(state) == {'stage.0.weight'} and torch.equal(state['stage.0.weight'], before + 2)
+    state = {**state, **{f'{name}.{role}_quantizer.{key}': torch.tensor(1.0) for name in block.ops for role in ('input', 'weight')
+                         for key in ('scale', 'zero_point')}}
+    other.load(state)
+    assert torch.equal(other.module[0].weight, before + 2)
+    for one in (block, other):
+        one.restore_weights()
+        assert torch.equal(one.module[0].weight, before) and one.float_weights == {}
 
 
 def test_products_are_sampled_with_both_operands():
@@ -368,4 +467,4 @@ def test_products_are_sampled_with_both_operands():
     block = Block('pv', op, [Call((torch.rand(6, 2, 5, 5), torch.randn(6, 2, 5, 4)))] * 2, operations(op, 'pv.'))
     block.observe(20)
     left, right = block.samples['pv'][0]
-    assert left.shape == (4, 2, 5, 5) and right.shape == (4, 2, 5, 4)
+    assert left.shape == (4, 2, 5, 5) and right.shape == (4, 2, 5, 4) and 'pv' not in block.weights

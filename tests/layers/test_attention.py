@@ -183,7 +183,7 @@ def test_calibrated_quantizers_are_reached(number):
     randomized(attention)
     expected = result(extended(attention), x, *rest)
     for role in ('qk_left', 'qk_right', 'pv_left', 'pv_right'):
-        changed = result(extended(attention, **{role: adalog(2, 100, 0.2, shift=0.1)}), x, *rest)
+        changed = result(extended(attention, **{role: adalog(2, 100, 0.2)}), x, *rest)
         assert not torch.allclose(changed, expected, atol=1e-4), role
 
 

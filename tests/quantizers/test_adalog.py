@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mmptq.quantizers import AdaLogQuantizer
-from mmptq.quantizers.adalog import GELU_MINIMUM, Q_RANGE, decode_table
+from mmptq.quantizers.adalog import Q_RANGE, decode_table
 
 from ..conftest import adalog, adalog_codes, adalog_tables, adalog_values
 
@@ -33,7 +33,7 @@ def test_tables_by_hand():
 
 
 def test_searched_bases_are_those_of_the_paper():
-    assert list(Q_RANGE) == list(range(10, 138)) and math.isclose(GELU_MINIMUM, 0.16997124254703522, abs_tol=0)
+    assert list(Q_RANGE) == list(range(10, 138))
 
 
 @pytest.mark.parametrize('bits', range(2, 9))
@@ -106,22 +106,11 @@ def test_values_outside_are_cut():
     assert quantizer(torch.tensor([-1e-20, -1.0, -math.inf])).tolist() == [0] * 3
 
 
-@pytest.mark.parametrize('strict', [False, True])
-def test_shift_is_added_before_and_subtracted_after(strict):
-    x = torch.linspace(-GELU_MINIMUM, 3, 700)
-    quantizer = adalog(4, 25, 3.2, strict=strict, shift=GELU_MINIMUM)
-    codes, from_tie = adalog_codes(x.numpy(), 25, 4, 3.2, strict, GELU_MINIMUM)
-    clear = from_tie > 1e-3
-    values = adalog_values(4, 25, 3.2, strict, GELU_MINIMUM)
-    assert np.array_equal(quantizer(x).numpy()[clear], values[codes][clear])
-    assert quantizer(x)[0] == np.float32(-GELU_MINIMUM)
-    unshifted = adalog(4, 25, 3.2, strict=strict)
-    torch.testing.assert_close(quantizer(x), unshifted(x + GELU_MINIMUM) - GELU_MINIMUM, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(('bits', 'q'), [(2, 137), (4, 37), (4, 100), (4, 137), (6, 18.5), (6, 37), (8, 10), (8, 37)])
-def test_zero_stays_exactly_zero(bits, q):
-    assert adalog(bits, q, 0.5)(torch.zeros(4)).tolist() == [0] * 4
+def test_zero_is_the_code_beyond_all_values():
+    """8 bits at the smallest base reach 2^-69, past the 1e-15 at which the paper clips, and zero stays zero all the same."""
+    quantizer = adalog(8, 10, 0.5)
+    assert quantizer.zero_code == 256 and adalog(8, 10, 0.5, strict=True).zero_code == 255
+    assert quantizer.encode(torch.zeros(1), **quantizer.params) == 256 and decoded(quantizer)[255] == 0.5 * adalog_values(8, 10)[255] > 0
 
 
 # Properties.
@@ -167,6 +156,12 @@ def test_two_bits_at_the_smallest_base_is_the_one_table_too_coarse_for_its_own_v
 
 
 @cases
+def test_zero_stays_exactly_zero(bits, q, strict, scale, exponents):
+    quantizer, x = logarithmic_case(bits, q, strict, scale, exponents)
+    assert (quantizer(torch.zeros(3)) == 0).all() and (quantizer(-x) == 0).all()
+
+
+@cases
 def test_relative_error_is_bounded_by_the_base(bits, q, strict, scale, exponents):
     quantizer, x = logarithmic_case(bits, q, strict, scale, exponents)
     smallest = 2.0 ** (-(2**bits - strict - 0.5) * q / 37)
@@ -177,18 +172,15 @@ def test_relative_error_is_bounded_by_the_base(bits, q, strict, scale, exponents
     assert (ratio <= step * (1 + mantissa) * (1 + 1e-4)).all() and (ratio >= (1 - mantissa) / step * (1 - 1e-4)).all()
 
 
-# Ranges and candidates.
+# Ranges and grids.
 
 @pytest.mark.parametrize(('low', 'high', 'options', 'scale', 'q'), [
     (0, 3, {}, 3, 37),
     (-5, 3, {}, 3, 37),
-    (-0.17, 3, dict(shift=0.17), 3.17, 37),
     (0, 3, dict(fixed_scale=1.0), 1, 37),
     (0, 3, dict(fixed_q=18.5), 3, 18.5),
     (0, 0, {}, 1, 37),
     (-3, -2, {}, 1, 37),
-    (-3, -2, dict(shift=0.17), 1, 37),
-    (-0.1, -0.1, dict(shift=0.25), 0.15, 37),
     (0, 1e-42, {}, 1, 37),
 ])
 def test_ranges_by_hand(low, high, options, scale, q):
@@ -200,37 +192,116 @@ def softmax_rows():
     return torch.randn(1, 4000, generator=torch.Generator().manual_seed(1)).mul(3).softmax(-1)
 
 
-@pytest.mark.parametrize('count', [16, 64, 128])
-def test_candidates_with_a_known_scale_scan_the_bases(count):
-    candidates = AdaLogQuantizer(4, fixed_scale=1.0).candidates(softmax_rows(), count)
-    q = candidates['q'].flatten().tolist()
-    assert candidates['q'].shape == candidates['scale'].shape == (len(q), 1) and (candidates['scale'] == 1).all()
-    assert count <= len(q) <= 1.1 * count and len(set(q)) == len(q) and set(q) <= set(Q_RANGE) and max(q) > 120 and min(q) < 20 and 37 in q
+def gelu_rows():
+    """Shifted GELU, as it is quantized."""
+    return torch.nn.functional.gelu(torch.randn(1, 3000, generator=torch.Generator().manual_seed(2))) + 0.16997124
 
 
-def test_candidates_with_a_fixed_base_scan_the_scales():
-    values = softmax_rows()
-    candidates = AdaLogQuantizer(4, fixed_q=37).candidates(values, 64)
-    assert (candidates['q'] == 37).all() and len(candidates['scale'].unique()) == len(candidates['scale']) > 1
-    assert candidates['scale'].max() == values.max()
-    np.testing.assert_allclose(candidates['scale'].min().item(), np.quantile(values.numpy(), 0.9), rtol=1e-5)
+@pytest.mark.parametrize(('count', 'bases'), [(128, range(10, 138)), (200, range(10, 138)), (64, range(11, 138, 2)),
+                                              (16, range(13, 138, 8))])
+@pytest.mark.parametrize('options', [{}, dict(fixed_scale=1.0)], ids=str)
+def test_the_first_grid_is_all_bases_at_one_scale(count, bases, options):
+    """Or every second, or eighth, log2 among them."""
+    values = gelu_rows()
+    grid = AdaLogQuantizer(4, **options).candidates(values, count)
+    assert grid.params['q'].tolist() == [[q] for q in bases] and grid.stage == 0 and 37 in bases
+    assert (grid.params['scale'] == (1 if options else values.max())).all() and grid.params['scale'].shape == (len(bases), 1)
 
 
-def test_candidates_combine_bases_and_scales():
-    values = softmax_rows() - 0.1
-    candidates = AdaLogQuantizer(4, shift=0.17).candidates(values, 64)
-    pairs = set(zip(candidates['scale'].flatten().tolist(), candidates['q'].flatten().tolist(), strict=True))
-    scales, bases = ({pair[i] for pair in pairs} for i in (0, 1))
-    assert len(pairs) == len(candidates['q']) == len(scales) * len(bases) and 64 <= len(pairs) <= 80
-    assert max(scales) == pytest.approx(values.max().item() + 0.17)
+def test_the_first_grid_has_the_present_scale():
+    present = {'scale': torch.tensor([0.3]), 'q': torch.tensor([12.0])}
+    grid = AdaLogQuantizer(4).candidates(gelu_rows(), 128, present)
+    assert (grid.params['scale'] == 0.3).all() and grid.params['q'].flatten().tolist() == list(Q_RANGE)
 
 
-@pytest.mark.parametrize('value', [0.0, -2.0, 0.3])
-@pytest.mark.parametrize('options', [{}, dict(shift=0.17), dict(fixed_scale=1.0), dict(fixed_q=18.5), dict(fixed_scale=1.0, fixed_q=37)])
-def test_candidates_of_constant_values_are_usable(value, options):
+def test_a_fixed_base_is_the_only_one():
+    quantizer, values = AdaLogQuantizer(4, fixed_q=18.5), gelu_rows()
+    grid = quantizer.candidates(values, 128)
+    assert grid.params['q'].tolist() == [[18.5]]
+    grid = quantizer.refine(grid, torch.zeros(1, 1, dtype=torch.float64), values, 128, 16)
+    assert (grid.params['q'] == 18.5).all() and len(grid.params['scale'].unique()) == 128
+
+
+def errors_at(grid, chosen):
+    """Errors by which the given members are the best, in this order."""
+    errors = torch.full(grid.params['q'].shape, 100.0, dtype=torch.float64)
+    for rank, number in enumerate(chosen):
+        errors[number] = rank
+    return errors
+
+
+def test_the_second_grid_is_eight_bases_times_sixteen_scales():
+    quantizer, values = AdaLogQuantizer(4), gelu_rows()
+    first = quantizer.candidates(values, 128)
+    best = [5, 120, 3, 77, 40, 41, 0, 127]
+    second = quantizer.refine(first, errors_at(first, best), values, 128, 16)
+    high = values.max().item()
+    larger = values[values >= values.mean()].double().numpy()
+    scales = np.linspace(np.quantile(larger, 0.9), high, 16)[::-1]
+    assert second.params['q'].flatten().tolist() == [10.0 + number for number in best for _ in range(16)] and second.stage == 1
+    np.testing.assert_allclose(second.params['scale'].view(8, 16).numpy(), np.tile(scales, (8, 1)), rtol=1e-5)
+    np.testing.assert_allclose(second.spacing.item(), scales[0] - scales[1], rtol=1e-4)
+
+
+def test_the_third_grid_is_four_scales_around_each_of_32_and_the_last():
+    quantizer, values = AdaLogQuantizer(4), gelu_rows()
+    first = quantizer.candidates(values, 128)
+    second = quantizer.refine(first, errors_at(first, range(20, 28)), values, 128, 16)
+    best = list(range(3, 128, 4))
+    third = quantizer.refine(second, errors_at(second, best), values, 128, 16)
+    centre = second.params['scale'][best].double().numpy()
+    offsets = np.array([-1 / 2, -1 / 6, 1 / 6, 1 / 2]) * second.spacing.item()
+    np.testing.assert_allclose(third.params['scale'].view(32, 4).numpy(), centre + offsets, rtol=1e-5)
+    assert torch.equal(third.params['q'].view(32, 4), second.params['q'][best].expand(-1, 4))
+    assert quantizer.refine(third, errors_at(third, []), values, 128, 16) is None
+
+
+def test_a_known_scale_is_not_refined():
+    quantizer, values = AdaLogQuantizer(4, fixed_scale=1.0), softmax_rows()
+    grid = quantizer.candidates(values, 128)
+    assert quantizer.refine(grid, errors_at(grid, []), values, 128, 16) is None
+
+
+@pytest.mark.parametrize('width', [2, 4, 16, 200])
+@pytest.mark.parametrize('count', [2, 16, 128])
+def test_grids_of_any_size_hold_the_best_so_far(count, width):
+    """Its base with scales around its own, or all of the range."""
+    quantizer, values = AdaLogQuantizer(3), gelu_rows()
+    grid = quantizer.candidates(values, count)
+    for _ in range(2):
+        best = len(grid.params['q']) // 2
+        finer = quantizer.refine(grid, errors_at(grid, [best]), values, count, width)
+        near = finer.params['scale'][finer.params['q'] == grid.params['q'][best]]
+        assert near.min() <= grid.params['scale'][best] * 1.00001 and near.max() >= grid.params['scale'][best] * 0.99999
+        assert (finer.params['scale'] > 0).all() and torch.isfinite(finer.params['scale']).all()
+        grid = finer
+
+
+def test_a_width_of_one():
+    quantizer, values = AdaLogQuantizer(4), gelu_rows()
+    grid = quantizer.candidates(values, 128)
+    assert (quantizer.refine(grid, errors_at(grid, [7]), values, 128, 1).params['q'] == 17).all()
+
+
+CONSTANT = [{}, dict(fixed_scale=1.0), dict(fixed_q=18.5), dict(fixed_scale=1.0, fixed_q=37)]
+
+
+@pytest.mark.parametrize('value', [0.0, -2.0, 0.25, 1e-42])
+@pytest.mark.parametrize('options', CONSTANT, ids=str)
+def test_grids_of_constant_values_are_usable(value, options):
     x = torch.full((1, 60), value)
     quantizer = AdaLogQuantizer(4, **options)
-    candidates = quantizer.candidates(x, 64)
-    assert torch.isfinite(candidates['scale']).all() and (candidates['scale'] > 0).all() and (candidates['q'] > 0).all()
-    quantizer.set(scale=candidates['scale'][0, 0], q=candidates['q'][0, 0])
-    assert torch.isfinite(quantizer(x)).all()
+    grid = quantizer.candidates(x, 64)
+    while grid is not None:
+        assert torch.isfinite(grid.params['scale']).all() and (grid.params['scale'] > 0).all() and (grid.params['q'] > 0).all()
+        quantizer.set(scale=grid.params['scale'][0, 0], q=grid.params['q'][0, 0])
+        assert torch.isfinite(quantizer(x)).all()
+        grid = quantizer.refine(grid, errors_at(grid, []), x, 64, 8)
+
+
+def test_grids_of_constant_values_whose_mean_is_rounded_up():
+    constants = (torch.full((1, 6144), value) for value in torch.linspace(0.5, 1, 100).tolist())
+    x = next(x for x in constants if x.mean() > x.max())
+    quantizer = AdaLogQuantizer(4)
+    grid = quantizer.candidates(x, 128)
+    assert (quantizer.refine(grid, errors_at(grid, []), x, 128, 16).params['scale'] == x.max()).all()

@@ -116,46 +116,109 @@ def test_a_range_too_wide_for_its_dtype_is_not_set():
         uniform(-3e38, 3e38)
 
 
-# Candidates.
+# Grids.
 
-@pytest.mark.parametrize('count', [1, 4, 64, 100])
-def test_candidates_begin_with_the_extremes_and_go_inwards(count):
+def rows():
+    """Three channels of different width, two of them not about zero."""
     values = torch.randn(3, 500, generator=torch.Generator().manual_seed(6)) * torch.tensor([[1.0], [10], [0.1]])
-    quantizer = UniformQuantizer(4, axis=-2)
-    candidates = quantizer.candidates(values, count)
-    widest = quantizer.range_params(values.amin(1), values.amax(1))
-    number = len(candidates['scale'])
-    assert candidates['scale'].shape == candidates['zero_point'].shape == (number, 3)
-    assert number == max(2, int(count**0.5))**2
-    assert torch.equal(candidates['scale'][0], widest['scale']) and torch.equal(candidates['zero_point'][0], widest['zero_point'])
-    assert (candidates['scale'] <= widest['scale'] * 1.000001).all() and (candidates['scale'] > 0).all()
-    low, high = np.quantile(values.numpy(), (0.1, 0.9), axis=1)
-    np.testing.assert_allclose(candidates['scale'].amin(0).numpy(), (high - low) / 15, rtol=1e-5)
-    alone = UniformQuantizer(4).candidates(values[1:2], count)
-    assert torch.equal(alone['scale'][:, 0], candidates['scale'][:, 1])
+    return values + torch.tensor([[0], [20], [-0.1]])
 
 
-def test_candidates_move_each_end_by_itself():
-    values = torch.randn(1, 1000, generator=torch.Generator().manual_seed(7))
-    params = UniformQuantizer(8).candidates(values, 16)
-    low, high = np.quantile(values.numpy(), (0.1, 0.9))
-    widths = params['scale'].flatten() * 255
-    for width in (values.max() - low, high - values.min()):  # one end at the extreme, the other inside
-        assert (widths - width).abs().min() < 1e-5
+@pytest.mark.parametrize(('bits', 'axis', 'count', 'zero_points', 'scales'), [
+    (2, None, 128, 4, 32), (3, None, 128, 8, 16), (4, None, 128, 16, 8), (8, None, 128, 16, 8), (4, None, 16, 16, 2),
+    (2, -2, 128, 2, 64), (3, -2, 128, 4, 32), (4, -2, 128, 8, 16), (5, -2, 128, 16, 8), (8, -2, 128, 16, 8), (4, -2, 1, 8, 2),
+])
+def test_the_first_grid_is_scales_times_zero_points(bits, axis, count, zero_points, scales):
+    """min(16, N) zero points per tensor, min(16, N/2) per channel or head; widths from between the 0.1 and 0.9 quantiles to all."""
+    values = rows()[:1 if axis is None else 3]
+    grid = UniformQuantizer(bits, axis=axis).candidates(values, count)
+    groups = len(values)
+    assert grid.stage == 0 and grid.params['zero_point'].dtype == torch.int32
+    scale, zero_point = (grid.params[name].view(scales, zero_points, groups) for name in ('scale', 'zero_point'))
+    low, inner_low, inner_high, high = np.quantile(values.double().numpy(), (0, 0.1, 0.9, 1), axis=1)
+    widest = np.maximum(high, 0) - np.minimum(low, 0)
+    expected = np.linspace(inner_high - inner_low, widest, scales) / (2**bits - 1)
+    np.testing.assert_allclose(scale.numpy(), np.broadcast_to(expected[:, None], scale.shape), rtol=1e-5)
+    np.testing.assert_allclose(grid.spacing.numpy(), expected[1] - expected[0], rtol=1e-4)
+    assert (zero_point == zero_point[:1]).all() and (zero_point[0].diff(dim=0) == 1).all()
+    assert zero_point.min() >= 0 and zero_point.max() <= 2**bits - 1
+    if zero_points < 2**bits:  # in the middle, as far as codes go
+        center = np.clip(oracle_range(low, high, bits)[1], zero_points // 2, 2**bits - zero_points // 2)
+        assert np.array_equal(zero_point[0, 0].numpy(), center - zero_points // 2)
+
+
+@pytest.mark.parametrize('bits', range(2, 9))
+@pytest.mark.parametrize('axis', [None, -2])
+def test_the_first_grid_holds_the_range_of_all_values(bits, axis):
+    quantizer = UniformQuantizer(bits, axis=axis)
+    for values in rows()[:, None]:
+        grid = quantizer.candidates(values, 128).params
+        widest = quantizer.range_params(values.amin(1), values.amax(1))
+        found = torch.isclose(grid['scale'], widest['scale'], rtol=1e-5) & (grid['zero_point'] == widest['zero_point'])
+        assert found.sum() == 1
+
+
+def test_each_row_has_its_own_grid():
+    values = rows()
+    quantizer, alone = UniformQuantizer(4, axis=-2), UniformQuantizer(4, axis=-2)
+    grid, errors = quantizer.candidates(values, 128), torch.rand(128, 3, generator=torch.Generator().manual_seed(1)).double()
+    for row in range(3):
+        mine = alone.candidates(values[row:row + 1], 128)
+        finer, mine_finer = quantizer.refine(grid, errors, values, 128, 16), alone.refine(mine, errors[:, row:row + 1], values, 128, 16)
+        for together, single in ((grid, mine), (finer, mine_finer)):
+            assert all(torch.equal(value[:, row], single.params[name][:, 0]) for name, value in together.params.items())
+            assert together.spacing[row] == single.spacing
+
+
+def test_a_finer_grid_is_eight_scales_around_each_of_sixteen():
+    quantizer, values = UniformQuantizer(4), rows()[:1]
+    grid = quantizer.candidates(values, 128)
+    errors = torch.arange(128.0).flip(0)[:, None].double()  # the last is the best
+    for stage in range(1, 6):
+        finer = quantizer.refine(grid, errors, values, 128, 16)
+        best = grid.params['scale'].flip(0)[:16]
+        offsets = torch.linspace(-0.5, 0.5, 8) * grid.spacing
+        torch.testing.assert_close(finer.params['scale'].view(16, 8), best + offsets, rtol=1e-6, atol=0)
+        assert torch.equal(finer.params['zero_point'].view(16, 8), grid.params['zero_point'].flip(0)[:16].expand(-1, 8))
+        np.testing.assert_allclose(finer.spacing.item(), grid.spacing.item() / 7.5, rtol=1e-6)
+        assert finer.stage == stage
+        grid = finer
+
+
+def test_of_equal_errors_the_first_are_kept():
+    quantizer, values = UniformQuantizer(4), rows()[:1]
+    grid = quantizer.candidates(values, 128)
+    finer = quantizer.refine(grid, torch.zeros(128, 1, dtype=torch.float64), values, 128, 16)
+    assert finer.params['zero_point'].flatten().tolist() == grid.params['zero_point'][:16].repeat_interleave(8).tolist()
 
 
 @pytest.mark.parametrize('values', [0.0, 3.0, -3.0, 1e-42])
-def test_candidates_of_constant_values_are_usable(values):
-    x = torch.full((2, 50), values)
-    candidates = UniformQuantizer(4, axis=-2).candidates(x, 16)
-    assert torch.isfinite(candidates['scale']).all() and (candidates['scale'] > 0).all()
-    assert (candidates['zero_point'] == (15 if values < -1 else 0)).all()
+@pytest.mark.parametrize('axis', [None, -2])
+def test_grids_of_constant_values_hold_a_range_that_is_exact(values, axis):
+    x = torch.full((1 if axis is None else 2, 50), values)
+    quantizer = UniformQuantizer(4, axis=axis)
+    grid = quantizer.candidates(x, 128)
+    for step in range(6):
+        scale, zero_point = grid.params['scale'], grid.params['zero_point']
+        assert torch.isfinite(scale).all() and (scale > 0).all() and zero_point.min() >= 0 and zero_point.max() <= 15
+        errors = np.array([[abs(float(oracle_uniform(np.float32(values), *pair, 4)) - values) for pair in zip(*group, strict=True)]
+                           for group in zip(scale.numpy().T, zero_point.numpy().T, strict=True)]).T
+        assert (errors.min(0) <= 1e-41 + abs(values) * (1e-6 if step == 0 else 0.08 / 7.5 ** (step - 1))).all()
+        grid = quantizer.refine(grid, torch.from_numpy(errors), x, 128, 16)
 
 
-def test_candidates_of_negative_values_keep_zero():
-    values = -torch.rand(1, 200, generator=torch.Generator().manual_seed(8)) - 0.5
-    for scale, zero_point in zip(*UniformQuantizer(4).candidates(values, 16).values(), strict=True):
-        assert zero_point == 15 and oracle_uniform(0.0, scale.numpy(), zero_point.numpy(), 4) == 0
+@given(values=st.lists(finite, min_size=1, max_size=20), bits=st.integers(2, 8), axis=st.sampled_from([None, -2]),
+       width=st.integers(1, 20), count=st.integers(1, 140), seed=st.integers(0, 5))
+def test_grids_are_usable_whatever_the_values(values, bits, axis, width, count, seed):
+    x = torch.tensor([values]).clamp(-1e30, 1e30)
+    quantizer = UniformQuantizer(bits, axis=axis)
+    grid = quantizer.candidates(x, count)
+    for _ in range(4):
+        scale, zero_point = grid.params['scale'], grid.params['zero_point']
+        assert torch.isfinite(scale).all() and (scale > 0).all() and zero_point.min() >= 0 and zero_point.max() < 2**bits
+        assert grid.spacing >= 0 and scale.shape == zero_point.shape
+        errors = torch.rand(scale.shape, generator=torch.Generator().manual_seed(seed)).double()
+        grid = quantizer.refine(grid, errors, x, count, width)
 
 
 def test_quantiles_of_long_rows_keep_the_extremes():
