@@ -1,69 +1,108 @@
-"""Time and memory of calibrating a stock Mask R-CNN Swin-T with random weights at 800x1216.
+"""Time and memory of a calibration, in float passes over the same images.
 
-    python benchmarks/calibration_cost.py [--images 32] [--recipe adalog_w4a4] [--json FILE]
+    python benchmarks/calibration_cost.py swin [--images 32] [--recipes adalog_w4a4 adalog_w4a4_fast] [--json FILE]
+    python benchmarks/calibration_cost.py deit [--images 32] [--recipes adalog_w4a4 adalog_w4a4_fast] [--json FILE]
 
-The images are noise: only the cost is measured. The unit of time is one float pass of the backbone over the same images.
+swin: the backbone of a stock Mask R-CNN Swin-T with random weights, noise of 800x1216: only the cost is measured. deit: the real
+DeiT-Tiny with its classifier on ImageNet images of 224x224. One image is a call. A float pass is timed before and after each
+calibration, and the mean of the two is the unit.
 """
 from __future__ import annotations
 
 import logging
 import time
+from typing import Any
 
 import torch
 from common import parser, report
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
 
 from mmptq.apis import load_recipe
-from mmptq.backbones import find_spec
-from mmptq.calibration import Call, calibrate
+from mmptq.backbones import Recipe, convert, find_spec
+from mmptq.calibration import BlockResult, Call, calibrate
 from mmptq.engine.calibration import check_memory
 from mmptq.engine.data import load_config
 from mmptq.engine.memory import Peak
 from mmptq.engine.progress import BlockProgress
 
 CONFIG = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py'
+SIZE = (800, 1216)
+
+
+def swin(count: int) -> tuple[nn.Module, list[Tensor]]:
+    """The backbone and its inputs."""
+    init_default_scope('mmdet')
+    cfg = load_config(CONFIG).model.backbone
+    torch.manual_seed(0)
+    backbone = MMENGINE_MODELS.build({**cfg, 'init_cfg': None})
+    backbone.init_weights()
+    backbone.eval()
+    generator = torch.Generator().manual_seed(0)
+    return backbone, [torch.randn(1, 3, *SIZE, generator=generator) for _ in range(count)]
+
+
+def deit(count: int) -> tuple[nn.Module, list[Tensor]]:
+    """The classifier and its inputs."""
+    from imagenet_top1 import DATA, MODELS, SHORTER_SIDE, listed, read
+    images = [read(path, SHORTER_SIDE)[None] for path, _ in listed(DATA / 'imagenet' / 'calib.txt')[:count]]
+    return MODELS['deit_tiny'].load(DATA), [MODELS['deit_tiny'].normalized(image) for image in images]
+
+
+@torch.no_grad()
+def float_pass(model: nn.Module, images: list[Tensor]) -> float:
+    """Seconds of one pass."""
+    model(images[0])
+    started = time.perf_counter()
+    for image in images:
+        model(image)
+    return time.perf_counter() - started
+
+
+def calibration(model: nn.Module, images: list[Tensor], recipe: Recipe) -> tuple[float, dict[str, float]]:
+    """Seconds of a calibration, and of each of its blocks."""
+    spec = find_spec(model)
+    convert(model, spec, recipe)
+    names = spec.block_names(model)
+    ends: dict[str, float] = {}
+    started = time.perf_counter()
+    with BlockProgress(len(names), logging.getLogger()) as progress:
+        def on_block(result: BlockResult) -> None:
+            ends[result.name] = time.perf_counter()
+            progress.advance(result)
+
+        calibrate(model, names, [Call((image,)) for image in images], recipe.build_method(), on_calls=check_memory, on_block=on_block)
+    begins = [started, *ends.values()]
+    return time.perf_counter() - started, {name: end - begin for (name, end), begin in zip(ends.items(), begins, strict=False)}
 
 
 def main() -> None:
     """Runs the benchmark."""
     args = parser(__doc__)
+    args.add_argument('model', choices=['swin', 'deit'])
     args.add_argument('--images', type=int, default=32)
-    args.add_argument('--height', type=int, default=800)
-    args.add_argument('--width', type=int, default=1216)
-    args.add_argument('--recipe', default='adalog_w4a4')
+    args.add_argument('--recipes', nargs='+', default=['adalog_w4a4', 'adalog_w4a4_fast'])
     options = args.parse_args()
     logging.basicConfig(level=logging.INFO, format='%(message)s')
-    init_default_scope('mmdet')
-    cfg = load_config(CONFIG)
-    recipe = load_recipe(options.recipe)
-    cfg.model.backbone = dict(type='mmptq.QuantBackbone', backbone={**cfg.model.backbone, 'init_cfg': None}, recipe=recipe)
-    torch.manual_seed(0)
-    model = MODELS.build(cfg.model)
-    model.init_weights()
-    model.eval()
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(1, 3, options.height, options.width, generator=generator) for _ in range(options.images)]
-    peak = Peak(torch.device('cpu'))
-    with torch.no_grad():
-        model.backbone(images[0])
-        started = time.perf_counter()
-        for image in images:
-            model.backbone(image)
-    float_pass = time.perf_counter() - started
-    float_peak, peak, started = peak.mib(), Peak(torch.device('cpu')), time.perf_counter()
-    backbone = model.backbone
-    names = find_spec(backbone).block_names(backbone)
-    with BlockProgress(len(names), logging.getLogger()) as progress:
-        calibrate(backbone, names, [Call((image,)) for image in images], backbone.quantization.recipe.build_method(),
-                  on_calls=check_memory, on_block=progress.advance)
-    seconds = time.perf_counter() - started
-    rows = [dict(stage='float pass', seconds=float_pass, passes=1.0, peak_memory_mib=float_peak),
-            dict(stage='calibration', seconds=seconds, passes=seconds / float_pass, peak_memory_mib=peak.mib())]
-    about = dict(config=CONFIG, weights='random', scope='backbone', recipe=options.recipe, bits=recipe['bits'], method=recipe['method'],
-                 images=options.images, size=[options.height, options.width], data='noise')
-    size = f'{options.height}x{options.width}'
-    title = f'calibration of Mask R-CNN Swin-T, {options.recipe}, {options.images} images of {size}, scope backbone'
-    report(title, rows, about, options.json)
+    rows: list[dict[str, Any]] = []
+    blocks: dict[str, dict[str, float]] = {}
+    build = {'swin': swin, 'deit': deit}[options.model]
+    for name in options.recipes:
+        model, images = build(options.images)
+        plain = build(0)[0]
+        before, peak = float_pass(plain, images), Peak(torch.device('cpu'))
+        seconds, blocks[name] = calibration(model, images, Recipe.from_dict(load_recipe(name)))
+        unit = (before + float_pass(plain, images)) / 2
+        rows.append({'recipe': name, 'seconds': seconds, 'float pass, s': unit, 'float passes': seconds / unit,
+                     'slowest block, float passes': max(blocks[name].values()) / unit, 'peak memory, MiB': peak.mib()})
+        logging.info(rows[-1])
+    recipes = {name: {key: load_recipe(name)[key] for key in ('bits', 'method')} for name in options.recipes}
+    scope = 'backbone' if options.model == 'swin' else 'whole model (backbone and classifier head)'
+    about = dict(model=CONFIG if options.model == 'swin' else 'deit_tiny_patch16_224', scope=scope, images=options.images,
+                 size=SIZE if options.model == 'swin' else (224, 224), data='noise' if options.model == 'swin' else 'ImageNet',
+                 recipes=recipes, blocks_seconds=blocks)
+    report(f'cost of a calibration: {options.model}, {options.images} images, scope {scope}', rows, about, options.json)
 
 
 if __name__ == '__main__':
