@@ -147,7 +147,7 @@ def screen(objective: Objective, rank: int) -> Screen:
     """
     generator = torch.Generator().manual_seed(0)
     inner, columns = objective.root.shape[-2:]
-    if objective.values.shape[2] > 1 and not objective.is_gram:
+    if objective.values.shape[1:3].numel() > 1 and not objective.is_gram:
         factor, target = objective.root, objective.aim()
         if rank < columns:
             projection = torch.randn(columns, rank, generator=generator).to(factor)
@@ -159,7 +159,8 @@ def screen(objective: Objective, rank: int) -> Screen:
         basis = torch.linalg.qr(objective.gram(basis)).Q
     image = objective.gram(basis)  # (.., inner, rank)
     core = basis.transpose(-1, -2) @ image
-    eigenvalues, vectors = torch.linalg.eigh((core + core.transpose(-1, -2)) / 2)
+    # In float64, since LAPACK does not converge on some small matrices of float32.
+    eigenvalues, vectors = (x.to(core.dtype) for x in torch.linalg.eigh((core + core.transpose(-1, -2)).double() / 2))
     floor = eigenvalues.amax(-1, keepdim=True).clamp(min=torch.finfo(core.dtype).tiny) * 1e-6
     factor = image @ vectors * eigenvalues.clamp(min=floor).rsqrt()[..., None, :] * (eigenvalues > floor)[..., None, :]
     diagonal = objective.diagonal()

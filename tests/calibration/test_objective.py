@@ -495,3 +495,16 @@ def test_output_channels_are_rows_of_their_groups():
     root = torch.arange(2.0)[:, None, None].expand(2, 4, 4)
     assert shared_by_channels(root, rows, 6)[:, 0, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
     assert shared_by_channels(root, rows, 1).shape == (1, 2, 4, 4) and shared_by_channels(root[:1], rows[:1], 3).shape == (1, 1, 4, 4)
+
+
+@torch.no_grad()
+def test_a_product_thinned_to_one_row_of_each_of_the_batch_is_screened_by_its_outputs():
+    left, right = random(40, 2, 6, 5).softmax(-1), random(40, 2, 5, 16, seed=1)
+    left[36] = 0  # a window without a score: its M is zero
+    op = matmul(head(1), head(2))
+    thin = objective(op, 'right', (left, right)).thinned(16)
+    assert thin.values.shape == (2, 40, 1, 5)
+    params = candidates(op, 'right', [(left, right)])
+    cheap = screen(thin, 32)
+    assert cheap.rest is None  # rank 32 holds all 6 columns of the output
+    np.testing.assert_allclose(cheap.errors(op.right_quantizer, params), thin.errors(op.right_quantizer, params), rtol=1e-4)
