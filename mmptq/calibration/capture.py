@@ -138,7 +138,8 @@ class Block:
             sums[name].add(rounded[0], op.factors(x, weight)[0][0], op.offset())
 
         with in_float(self.ops if self.float_calls is self.calls else {}), listening(ops, add):
-            self.run()
+            for call in self.calls:  # outputs are not kept
+                self.call(call)
         return sums
 
     def state(self) -> dict[str, Tensor]:
