@@ -1,6 +1,7 @@
 """The whole road: config and checkpoint in; calibrated, evaluated and saved model out."""
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from ..errors import QuantizationError
 from .testing import draw_predictions, dump_predictions, test_time_augmentation
 
 SCOPES = ('backbone', 'model')
+_RUNS = itertools.count()
 
 
 def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, Any] = 'adalog_w4a4', *, scope: str = 'backbone',
@@ -150,11 +152,18 @@ def build_runner(cfg: Config, out: str | None, show: bool, show_dir: str | None,
     if tta:
         test_time_augmentation(cfg)
     try:
-        return Runner.from_cfg(cfg)
+        return new_runner(cfg)
     except QuantizationError:
         raise
     except Exception as error:  # what a config names may raise anything
         raise QuantizationError(f'the config cannot be built: {type(error).__name__}: {error}') from error
+
+
+def new_runner(cfg: Config) -> Runner:
+    """A Runner with a logger of its own: mmengine finds loggers by config name and second, so a second Runner of the same config
+    within that second would write to the first one's log file and to a standard output that may be closed by now."""
+    cfg.experiment_name = f'{cfg.get("experiment_name") or Path(cfg.filename or "model").stem}_{next(_RUNS)}'
+    return Runner.from_cfg(cfg)
 
 
 class _Evaluation(Hook):
@@ -174,7 +183,7 @@ def evaluate_float(cfg: Config, tta: bool = False) -> dict[str, Any]:
     cfg.work_dir = os.path.join(cfg.work_dir, 'float')
     if tta:
         test_time_augmentation(cfg)
-    runner = Runner.from_cfg(cfg)
+    runner = new_runner(cfg)
     evaluation = _Evaluation()
     runner.register_hook(evaluation)
     runner.test()

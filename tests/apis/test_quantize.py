@@ -321,3 +321,13 @@ def test_a_config_with_a_validation_only(upernet, tmp_path):
     cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
     summary = quantize(cfg, Path(upernet.checkpoint), 'minmax_w8a8', work_dir=tmp_path, calib_images=1, float_eval=False)
     assert summary['quantized']['metrics']['mIoU'] > 0
+
+
+def test_runs_of_one_config_in_one_second_have_their_own_logs(upernet, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmengine.runner.runner.time.strftime', lambda *_: '20260101_000000')
+    for name in ('first', 'second'):
+        quantize(upernet.config, upernet.checkpoint, 'minmax_w8a8', work_dir=str(tmp_path / name), cfg_options=FEW,
+                 calib_images=1, evaluate=False)
+    first, second = ((tmp_path / name / '20260101_000000' / '20260101_000000.log').read_text() for name in ('first', 'second'))
+    assert str(tmp_path / 'first') in first and str(tmp_path / 'second') not in first
+    assert str(tmp_path / 'second') in second and str(tmp_path / 'first') not in second
