@@ -43,7 +43,7 @@ def measure(images: int = IMAGES, inputs: int = IN, outputs: int = OUT, candidat
     gram = block.grams()['layer']
     sums = time.perf_counter() - started
     started = time.perf_counter()
-    search_weight(op, gram, block.samples['layer'], FPCS(method.steps, method.width, method.candidates, method.rank, method.thin))
+    search_weight(op, gram, block.samples['layer'], FPCS(method.steps, method.width, method.candidates, method.rank, method.screen))
     return {'whole layer, s': whole, 'sums over tokens, s': sums, 'weights, given the sums, s': time.perf_counter() - started}
 
 

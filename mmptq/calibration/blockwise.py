@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from ..methods import Method
 
 
+RATED = 256
+"""Rows of a sample, or windows, on which the ratio of signal to noise is measured, about."""
+
+
 @dataclass(frozen=True)
 class BlockResult:
     """What calibration made of one block.
@@ -110,9 +114,11 @@ def sqnr_db(op: QuantOp, samples: Samples, weights: Tensor | None = None, float_
     """
     signal = noise = 0.0
     for activations in samples:
+        every = max(1, len(activations[0]) // RATED)
+        activations, counts = tuple(x[::every] for x in activations), None if weights is None else weights[::every]
         with having(op, float_weight):
             target = op.compute(*op.operands(*activations))
-        counts = torch.ones(len(target), dtype=torch.float64, device=target.device) if weights is None else weights.double()
+        counts = torch.ones(len(target), dtype=torch.float64, device=target.device) if counts is None else counts.double()
         signal += float(target.square().flatten(1).sum(1, dtype=torch.float64) @ counts)
         noise += float((op.quantized(*activations) - target).square().flatten(1).sum(1, dtype=torch.float64) @ counts)
     return 10 * math.log10(signal / noise) if signal and noise else None

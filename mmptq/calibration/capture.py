@@ -134,8 +134,9 @@ class Block:
 
         def add(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
             x, weight = op.operands(*op.take(activations))
-            rounded = op.factors(op.quantizer('input')(x), weight)[0]
-            sums[name].add(rounded[0], op.factors(x, weight)[0][0], op.offset())
+            rounded, plain = (op.factors(one, weight)[0][0] for one in (op.quantizer('input')(x), x))
+            offset = op.offset()
+            sums[name].add(rounded if offset is None else rounded + offset, rounded - plain)
 
         with in_float(self.ops if self.float_calls is self.calls else {}), listening(ops, add):
             for call in self.calls:  # outputs are not kept

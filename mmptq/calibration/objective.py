@@ -12,15 +12,14 @@ which stream over images. A search screens its candidates by M in the form ``F F
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..layers import prefer_large
 from ..quantizers import Params, Quantizer
 
-PIECE = 2**19
+PIECE = 2**20
 """Elements that are rounded and scored at a time: they stay in a processor's cache. A GPU takes more."""
 
 
@@ -41,17 +40,6 @@ class Objective:
     residual: Tensor
     is_gram: bool = False
     weights: Tensor | None = None
-
-    def thinned(self, every: int) -> Objective:
-        """The same on about each ``every``-th row, if there are as many, large rows by preference."""
-        rows = self.values.shape[2]
-        if every == 1 or rows < every:
-            return self
-        norms = torch.linalg.vector_norm(self.values, dim=(0, 3))  # (batch, rows)
-        index, weights = prefer_large(norms, rows // every, 0.5, self.weights)
-        values, residual = (x.gather(2, index[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
-                            for x in (self.values, self.residual))
-        return replace(self, values=values, residual=residual, weights=weights)
 
     def gram(self, columns: Tensor) -> Tensor:
         """``M`` times (groups or 1, batch, inner, n)."""
@@ -195,10 +183,8 @@ class Gram:
         self.c: Tensor | None = None
         self.waiting: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, quantized: Tensor, target: Tensor, offset: Tensor | None = None) -> None:
-        """Adds tokens: rounded and float inputs, (heads, tokens, inner), and what the product adds to both."""
-        error = quantized - target
-        x = quantized if offset is None else quantized + offset
+    def add(self, x: Tensor, error: Tensor) -> None:
+        """Adds tokens: rounded inputs (heads, tokens, inner), and how far they are from the float ones."""
         self.waiting.extend(zip(x.split(self.TOKENS, 1), error.split(self.TOKENS, 1), strict=True))
         if sum(part.shape[1] for part, _ in self.waiting) >= self.TOKENS:
             self.flush()

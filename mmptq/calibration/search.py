@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layers import QuantOp
+from ..layers import QuantOp, prefer_large
 from ..quantizers import Grid, Params, Quantizer
 from ..quantizers.base import best_of
 from .capture import Samples
-from .objective import Gram, Objective, Screen, by_channel, own_error, screen, shared_by_channels
+from .objective import Gram, Objective, Screen, by_channel, screen, shared_by_channels
 
 
 @dataclass(frozen=True)
@@ -23,22 +23,31 @@ class FPCS:
         width: Candidates that survive a step.
         candidates: Size of a grid.
         rank: Columns of the screen's factor, see :class:`mmptq.calibration.objective.Screen`.
-        thin: Of so many rows of a sample one is for screening; all are for the comparison at the end.
+        screen: Rows of a sample for screening, about; all are for the comparison at the end.
     """
 
     steps: int
     width: int
     candidates: int
     rank: int
-    thin: int
+    screen: int
 
 
 COARSE = 2
-"""The stage whose best go to the final comparison, beside those of the last. Scales of later grids differ by less than a hundredth:
-a quarter of the survivors, and of the candidates, is enough for them."""
+"""The stage whose best go to the comparison at the end, beside those of the last; a coarse search ends before it. Scales of later grids
+differ by less than a hundredth: an eighth of the survivors, and of the candidates, is enough for them."""
+
+SOME = 2
+"""How many times as many rows as for screening are for a first comparison of the best, and for the weights of a coarse search."""
+
+LAST = 3
+"""Candidates that a first comparison leaves for the last."""
+
+Judges = Sequence[Screen] | Sequence[Objective]
+"""Objectives whose sum is asked for: one a shape, since that may differ between images."""
 
 
-def fpcs(quantizer: Quantizer, values: Tensor, screens: Sequence[Screen], exact: Sequence[Objective] | Sequence[Screen], plan: FPCS,
+def fpcs(quantizer: Quantizer, values: Tensor, screens: Sequence[Screen], exact: Sequence[Judges], plan: FPCS,
          present: Params | None = None) -> Params:
     """The parameters of least error.
 
@@ -48,8 +57,8 @@ def fpcs(quantizer: Quantizer, values: Tensor, screens: Sequence[Screen], exact:
     Args:
         quantizer: Gives the grids.
         values: What they are to cover, (groups, values).
-        screens: The cheap objective; a sum, since shapes may differ between images.
-        exact: The exact one.
+        screens: The cheap objective.
+        exact: The exact one, perhaps on some of the rows before that on all.
         plan: How finely.
         present: The parameters so far, (groups,), if there are any.
 
@@ -57,11 +66,11 @@ def fpcs(quantizer: Quantizer, values: Tensor, screens: Sequence[Screen], exact:
         Parameters of shape (groups,).
     """
     grid: Grid | None = quantizer.candidates(values, plan.candidates, present)
-    finalists: list[Params] = [] if present is None else [{name: value[None] for name, value in present.items()}]
+    finalists: list[Params] = []
     for step in range(plan.steps):
         assert grid is not None
         errors = _total(screens, quantizer, grid.params)
-        part = 4 if step >= COARSE else 1
+        part = 8 if step >= COARSE else 1
         finer = None
         if step < plan.steps - 1:
             finer = quantizer.refine(grid, errors, values, plan.candidates // part, max(1, plan.width // part))
@@ -69,11 +78,20 @@ def fpcs(quantizer: Quantizer, values: Tensor, screens: Sequence[Screen], exact:
         if finer is None:
             break
         grid = finer
-    params = {name: torch.cat([one[name].to(value.dtype) for one in finalists]) for name, value in finalists[-1].items()}
-    return {name: value[0] for name, value in best_of(Grid(params, values[:, 0]), _total(exact, quantizer, params), 1).items()}
+    best = _joined(finalists)
+    for number, judges in enumerate(exact, 1):
+        last = number == len(exact)
+        if last and present is not None:
+            best = _joined([{name: value[None] for name, value in present.items()}, best])
+        best = best_of(Grid(best, values[:, 0]), _total(judges, quantizer, best), 1 if last else LAST)
+    return {name: value[0] for name, value in best.items()}
 
 
-def _total(parts: Sequence[Screen] | Sequence[Objective], quantizer: Quantizer, params: Params) -> Tensor:
+def _joined(grids: Sequence[Params]) -> Params:
+    return {name: torch.cat([one[name].to(value.dtype) for one in grids]) for name, value in grids[-1].items()}
+
+
+def _total(parts: Judges, quantizer: Quantizer, params: Params) -> Tensor:
     return torch.stack([part.errors(quantizer, params) for part in parts]).sum(0)
 
 
@@ -89,11 +107,23 @@ def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, weights: Tensor
         samples: Activations of the operation.
         plan: How finely.
         weights: What each row of the (then single) sample counts, (rows,), if not the same.
-        final: Compare the best on all rows, not only on those for screening.
+        final: Compare the best on all rows; else on those for screening.
     """
-    exact = [objective(op, role, activations, weights) for activations in samples]
-    few = [part.thinned(plan.thin) for part in exact]
-    _choose(op.quantizer(role), few, exact, plan, final)
+    quantizer = op.quantizer(role)
+    if not quantizer.param_names:
+        return
+    tensors = [_by_group(op, role, op.factors(*op.operands(*activations))[op.roles.index(role)]) for activations in samples]
+    if role == 'weight':
+        tokens, tensors = sum(x.shape[0] for x, *_ in samples), tensors[:1]
+        thin = [1 if final else max(1, tokens // (SOME * plan.screen))]
+    else:
+        rows = sum(x.shape[1:3].numel() for x in tensors)
+        few, some = max(1, rows // plan.screen), max(1, rows // (SOME * plan.screen))
+        thin = sorted({few, some, 1}, reverse=True) if final else [few]
+    values = torch.cat([x.flatten(1) for x in tensors], 1)
+    parts = [objectives(op, role, activations, weights, thin) for activations in samples]
+    first, *others = [list(level) for level in zip(*parts, strict=True)]
+    _choose(quantizer, values, first, others, plan)
 
 
 @torch.no_grad()
@@ -101,33 +131,19 @@ def search_weight(op: QuantOp, gram: Gram, samples: Samples, plan: FPCS) -> None
     """Sets the weight's quantizer to the parameters of least output error over all tokens that were summed."""
     weight = op.factors(*op.operands(*samples[0]))[1]
     exact = [gram.objective(weight[0], _channels(op, weight))]
-    _choose(op.quantizer('weight'), exact, exact, plan)
+    _choose(op.quantizer('weight'), exact[0].values.flatten(1), exact, [], plan)
 
 
-@torch.no_grad()
-def search_own(op: QuantOp, role: str, samples: Samples, plan: FPCS) -> None:
-    """Sets one operand's quantizer to the parameters of least error of the operand itself."""
-    quantizer = op.quantizer(role)
-    if not quantizer.param_names:
-        return
-    index = op.roles.index(role)
-    parts = samples[:1] if role == 'weight' else samples
-    every = 1 if role == 'weight' else plan.thin
-    screens = [own_error(_by_group(op, role, op.factors(*op.operands(*activations))[index])[:, :, ::every]) for activations in parts]
-    params = fpcs(quantizer, torch.cat([part.values.flatten(1) for part in screens], 1), screens, screens, plan)
-    quantizer.set(**{name: quantizer.ungrouped(value[None])[0] for name, value in params.items()})
-
-
-def _choose(quantizer: Quantizer, few: list[Objective], exact: list[Objective], plan: FPCS, final: bool = True) -> None:
+def _choose(quantizer: Quantizer, values: Tensor, first: list[Objective], others: list[list[Objective]], plan: FPCS) -> None:
     if not quantizer.param_names:
         return
     present = quantizer.params and {name: value.reshape(-1) for name, value in quantizer.params.items()}
-    values = torch.cat([part.values.flatten(1) for part in exact], 1)
-    params = fpcs(quantizer, values, [screen(part, plan.rank) for part in few], exact if final else few, plan, present)
+    params = fpcs(quantizer, values, [screen(part, plan.rank) for part in first], others or [first], plan, present)
     quantizer.set(**{name: quantizer.ungrouped(value[None])[0] for name, value in params.items()})
 
 
-def objective(op: QuantOp, role: str, activations: tuple[Tensor, ...], weights: Tensor | None = None) -> Objective:
+def objectives(op: QuantOp, role: str, activations: tuple[Tensor, ...], weights: Tensor | None = None,
+               thin: Sequence[int] = (1,)) -> list[Objective]:
     """The error of an operation's output as a function of one operand's quantizer, the others as they are.
 
     Args:
@@ -135,33 +151,52 @@ def objective(op: QuantOp, role: str, activations: tuple[Tensor, ...], weights: 
         role: The operand.
         activations: A sample of its activations; the target is the float output on them.
         weights: What each row of the output counts, (rows,).
+        thin: Of so many rows of the operand, or of tokens for a weight, one is taken, large ones by preference.
+
+    Returns:
+        One objective for each of ``thin``.
     """
     index = op.roles.index(role)
     plain = op.operands(*activations)
-    operands = [operand if number == index else op.quantizer(name)(operand)
-                for number, (name, operand) in enumerate(zip(op.roles, plain, strict=True))]
-    values = op.factors(*operands)[index]  # (batch, heads, rows, inner)
-    factors, aims = (_shifted(op, op.factors(*some)) for some in (operands, plain))
-    if weights is not None and index == 1:
-        factors, aims = ((left * weights.sqrt()[:, None], right) for left, right in (factors, aims))
-    root = factors[1 - index].transpose(-1, -2)  # (batch, heads, inner, columns)
-    residual = factors[index] @ root - aims[index] @ aims[1 - index].transpose(-1, -2)
-    is_gram = role == 'weight' and root.shape[-1] > root.shape[-2]
-    if is_gram:  # the cheaper form
-        residual, root = residual @ root.transpose(-1, -2), root @ root.transpose(-1, -2)
+    rounded = op.factors(*(operand if name == role else op.quantizer(name)(operand)
+                           for name, operand in zip(op.roles, plain, strict=True)))[1 - index]
+    factors, offset = op.factors(*plain), op.offset()
+    difference = rounded - factors[1 - index]
     if role == 'weight':
-        groups = _channels(op, values)
-        root = shared_by_channels(root[0], values[0], groups)
-    else:
-        root = _by_group(op, role, root)
-    grouped = _by_group(op, role, values).contiguous()
-    counts = weights.expand(grouped.shape[1], -1) if weights is not None and index == 0 else None
-    return Objective(grouped, root, _by_group(op, role, residual), is_gram, counts)
+        tokens = rounded if offset is None else rounded + offset
+        return [_of_weight(op, factors[1], tokens[0], difference[0], weights, every) for every in thin]
+    root, difference = (_by_group(op, role, x.transpose(-1, -2)) for x in (rounded, difference))  # (groups, batch, inner, columns)
+    if root.shape[:2].numel() == 1 and root.shape[3] > root.shape[2]:  # the outputs lie in a space of fewer dimensions
+        basis, triangle = torch.linalg.qr(root.transpose(-1, -2))
+        root, difference = triangle.transpose(-1, -2), difference @ basis
+    values = _by_group(op, role, factors[index]).contiguous()
+    counts = weights.expand(values.shape[1], -1) if weights is not None and index == 0 else None
+    result = []
+    for every in thin:
+        some, share = values, counts
+        if 1 < every <= values.shape[2]:
+            norms = torch.linalg.vector_norm(values, dim=(0, 3))  # (batch, rows)
+            places, share = prefer_large(norms, values.shape[2] // every, 0.5, counts)
+            some = values.gather(2, places[None, :, :, None].expand(values.shape[0], -1, -1, values.shape[3]))
+        result.append(Objective(some, root, (some if offset is None else some + offset) @ difference, weights=share))
+    return result
 
 
-def _shifted(op: QuantOp, factors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    offset = op.offset()
-    return factors if offset is None else (factors[0] + offset, factors[1])
+def _of_weight(op: QuantOp, weight: Tensor, tokens: Tensor, error: Tensor, weights: Tensor | None, every: int) -> Objective:
+    """The objective of a weight (1, heads, columns, inner) given rounded tokens and their errors, (heads, tokens, inner)."""
+    if every > 1 and tokens.shape[1] >= every:
+        index, weights = prefer_large(torch.linalg.vector_norm(tokens, dim=(0, 2)), tokens.shape[1] // every, 0.5, weights)
+        tokens, error = tokens[:, index], error[:, index]
+    if weights is not None:
+        tokens, error = (x * weights.sqrt()[:, None] for x in (tokens, error))
+    groups = _channels(op, weight)
+    if tokens.shape[1] > tokens.shape[2]:  # the cheaper form
+        gram = Gram()
+        gram.add(tokens, error)
+        return gram.objective(weight[0], groups)
+    residual = weight[0] @ error.transpose(-1, -2)
+    return Objective(by_channel(weight[0], groups).contiguous(), shared_by_channels(tokens.transpose(-1, -2), weight[0], groups),
+                     by_channel(residual, groups))
 
 
 def _channels(op: QuantOp, weight: Tensor) -> int:

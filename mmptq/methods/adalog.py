@@ -1,7 +1,7 @@
 """AdaLog (Wu et al., ECCV 2024)."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,21 +9,21 @@ from torch import Tensor
 
 from ..calibration.capture import Block
 from ..calibration.channels import Channels
-from ..calibration.search import FPCS, fpcs, search, search_own, search_weight
+from ..calibration.search import COARSE, FPCS, fpcs, search, search_weight
 from ..layers import GeluShift, QuantLinear, QuantOp, Rescale, per_channel_rescale
 from ..layers.rescale import GELU_MINIMUM
 from .base import require_positive
 
-CHANNEL_VALUES = 1024
-"""Values kept of each channel for the reparameterisation after LayerNorm, about."""
+CHANNEL_PART = 4
+"""Of so many rows one value of each channel is kept for the reparameterisation after LayerNorm, about."""
 
 
 @dataclass(frozen=True)
 class AdaLog:
     """Least output error, operation by operation, each operand given the others.
 
-    Candidates are scored on a sample of tokens. In the last round those of weights are scored over all tokens of all images,
-    given the inputs as they are then quantized.
+    Candidates are scored on a sample of tokens. In the last round those of weights are scored over all tokens of all images, given the
+    inputs as they are then quantized.
 
     Args:
         steps: Grids of a search, see :class:`mmptq.calibration.search.FPCS`.
@@ -32,7 +32,8 @@ class AdaLog:
         rank: Columns of the screen's factor.
         rounds: Times that each operand of an operation is searched, given the others.
         rows: Rows of each operation's activations on which the best candidates are compared.
-        thin: Of so many of these rows one is for screening all candidates.
+        screen: Of these rows as many are for screening all candidates, about.
+        all_tokens: In the last round score weights over all tokens of all images; else on the sample.
         propagate_error: Inputs of a block from the quantized model; else from the float one. The target of an operation is its float
             output on these inputs: with that on the float model's, it would shrink what it gives to make up for the noise in its
             inputs, which the residual branch carries on all the same.
@@ -45,16 +46,18 @@ class AdaLog:
     rank: int = 32
     rounds: int = 3
     rows: int = 4096
-    thin: int = 16
+    screen: int = 256
+    all_tokens: bool = True
     propagate_error: bool = False
 
     def __post_init__(self) -> None:
-        require_positive(self, 'steps', 'width', 'candidates', 'rank', 'rounds', 'rows', 'thin')
+        require_positive(self, 'steps', 'width', 'candidates', 'rank', 'rounds', 'rows', 'screen')
 
     def calibrate(self, block: Block) -> list[Any]:
         """See :class:`mmptq.methods.Method`."""
-        plan = FPCS(self.steps, self.width, self.candidates, self.rank, self.thin)
-        channels = {name: Channels(len(block.calls), CHANNEL_VALUES, block.seed) for name, op in block.ops.items()
+        plan = FPCS(self.steps, self.width, self.candidates, self.rank, self.screen)
+        brief = replace(plan, steps=min(self.steps, COARSE), candidates=max(1, self.candidates // 2))  # for what changes again
+        channels = {name: Channels(len(block.calls), max(1, self.rows // CHANNEL_PART), block.seed) for name, op in block.ops.items()
                     if isinstance(op_rescale(op), Rescale)}
 
         def visit(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
@@ -65,16 +68,16 @@ class AdaLog:
         for name, op in block.ops.items():
             samples = block.samples[name]
             reparameterize(op, channels.get(name), plan)
-            if 'weight' in op.roles:
-                search_own(op, 'weight', samples, plan)
-                if not isinstance(op_rescale(op), GeluShift):
-                    search_own(op, 'input', samples, plan)
             for number in range(self.rounds):
+                last = number == self.rounds - 1
                 for role in op.roles:
-                    if role != 'weight' or number < self.rounds - 1 or not op.streams:
-                        search(op, role, samples, plan, block.weights.get(name), final=number == self.rounds - 1)
-        for name, gram in block.grams().items():
-            search_weight(block.ops[name], gram, block.samples[name], plan)
+                    if last and role == 'weight' and op.streams and self.all_tokens:
+                        continue  # below
+                    thorough = last or (number == 0 and role != 'weight')  # the first base and scale decide where the others are looked for
+                    search(op, role, samples, plan if thorough else brief, block.weights.get(name), last)
+        if self.all_tokens:
+            for name, gram in block.grams().items():
+                search_weight(block.ops[name], gram, block.samples[name], plan)
         return outputs
 
 
@@ -91,6 +94,6 @@ def reparameterize(op: QuantOp, channels: Channels | None, plan: FPCS) -> None:
         rescale.set(shift=op.get_parameter('weight').new_tensor(GELU_MINIMUM))
     elif isinstance(rescale, Rescale) and channels is not None:
         screens = [channels.screen()]
-        params = fpcs(op.quantizer('input'), channels.spread(), screens, screens, plan)
+        params = fpcs(op.quantizer('input'), channels.spread(), screens, [screens], plan)
         scale, shift = per_channel_rescale(params, channels.zero())
         rescale.set(scale=scale, shift=shift)

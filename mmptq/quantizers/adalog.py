@@ -113,10 +113,10 @@ class AdaLogQuantizer(Quantizer):
 
         def rounded(scale: Tensor, q: Tensor) -> Tensor:
             # Values on the edge between two codes may round otherwise than in encode_adalog.
-            k = (logarithm - beside(scale.log2())).mul_(beside(-R / q)).round_().clamp_(0, self.zero_code)
+            k = (logarithm * beside(-R / q)).add_(beside(scale.log2() * R / q + 0.5)).clamp_(0.5, self.zero_code + 0.5)
             tables = decode_values(scale, q, self.levels, self.strict)  # (n, groups, N + 1)
             starts = torch.arange(scale.numel(), dtype=k.dtype, device=x.device).view(scale.shape) * tables.shape[-1]
-            return tables.view(-1).index_select(0, k.add_(beside(starts)).int().view(-1)).view(k.shape)
+            return tables.view(-1).index_select(0, k.add_(beside(starts)).int().view(-1)).view(k.shape)  # a cut, after adding a half
 
         return rounded
 
@@ -137,13 +137,14 @@ class AdaLogQuantizer(Quantizer):
         return Grid({'scale': scale.expand_as(q), 'q': q}, torch.zeros_like(scale[0]))
 
     def refine(self, grid: Grid, errors: Tensor, values: Tensor, count: int, width: int) -> Grid | None:
-        """16 scales for each of the 8 best bases, from the 0.9 quantile of the larger values to the largest; then 4 around each of 32.
+        """8 scales for each of the 16 best bases, from the 0.9 quantile of the larger values to the largest; then 4 around each of 32.
 
-        (With ``width`` 16 and ``count`` 128.) The larger values are those above the mean, which after GELU are the positive ones.
+        (With ``width`` 16 and ``count`` 128. The paper: 16 scales for each of 8.)
+        The larger values are those above the mean, which after GELU are the positive ones.
         """
         if self.fixed_scale is not None or grid.stage == 2:
             return None
-        best = best_of(grid, errors, max(1, width // 2) if grid.stage == 0 else 2 * width)
+        best = best_of(grid, errors, width if grid.stage == 0 else 2 * width)
         children = max(2, count // len(best['q']))
         q = best['q'].repeat_interleave(children, 0)
         if grid.stage:

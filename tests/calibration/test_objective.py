@@ -7,13 +7,17 @@ import torch
 from torch import nn
 
 from mmptq.calibration import Block, Call, Gram, Objective, operations
-from mmptq.calibration import objective as objectives
+from mmptq.calibration import objective as objective_module
 from mmptq.calibration.objective import PIECE, by_channel, own_error, screen, shared_by_channels
-from mmptq.calibration.search import objective
+from mmptq.calibration.search import objectives
 from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Rescale
 from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer
 
 from ..conftest import adalog, covering, equip, rescaled, sampled
+
+
+def objective(*args, every=1):
+    return objectives(*args, thin=(every,))[0]
 
 
 def random(*shape, seed=0):
@@ -200,8 +204,7 @@ def test_a_thinned_objective_is_that_of_some_rows():
     op = linear(x)
     weights = torch.exp(random(400, seed=3))
     params = candidates(op, 'input', [(x,)])
-    whole = objective(op, 'input', (x,), weights)
-    thin = whole.thinned(4)
+    whole, thin = objectives(op, 'input', (x,), weights, (1, 4))
     index = rows_of(thin.values[0, 0], x)
     assert thin.values.shape == (1, 1, 100, 7) and thin.weights.shape == (1, 100) and torch.equal(thin.values[0, 0], x[index])
     assert set(range(0, 400, 160)) <= set(index.tolist())  # massive rows are never missed
@@ -219,8 +222,7 @@ def test_a_thinned_product_has_rows_of_each_of_the_batch(batch, rows, every):
     left, right = random(batch, 2, 6, 5), random(batch, 2, 5, rows, seed=1)
     op = matmul(head(1), head(2))
     params = candidates(op, 'right', [(left, right)])
-    whole = objective(op, 'right', (left, right))
-    thin = whole.thinned(every)
+    thin = objective(op, 'right', (left, right), every=every)
     few = rows // every
     assert thin.values.shape == (2, batch, few, 5) and thin.weights.shape == (batch, few)
     chosen = [rows_of(thin.values[0, number], right.mT[number, 0]) for number in range(batch)]
@@ -236,8 +238,8 @@ def test_few_rows_are_not_thinned():
     x = random(43, 7)
     op = linear(x)
     for weights in (None, torch.exp(random(43, seed=3))):
-        part = objective(op, 'input', (x,), weights)
-        assert part.thinned(1) is part and part.thinned(44) is part and part.thinned(43) is not part
+        rows = [part.values.shape[2] for part in objectives(op, 'input', (x,), weights, (1, 44, 43, 2))]
+        assert rows == [43, 43, 1, 21]
 
 
 def grouped():
@@ -250,8 +252,7 @@ def grouped():
 @torch.no_grad()
 def test_a_thinned_convolution_has_all_groups():
     op, x, weights = grouped()
-    part = objective(op, 'input', (x,), weights)
-    assert part.thinned(4).values.shape == (1, 2, 16, 18)
+    assert objective(op, 'input', (x,), weights, every=4).values.shape == (1, 2, 16, 18)
 
 
 @torch.no_grad()
@@ -260,7 +261,7 @@ def test_weighted_rows_of_all_groups_of_a_convolution_count_whatever_the_pieces(
     part = objective(op, 'input', (x,), weights)
     params = candidates(op, 'input', [(x,)])
     expected = part.errors(op.input_quantizer, params)
-    monkeypatch.setattr(objectives, 'PIECE', 64)
+    monkeypatch.setattr(objective_module, 'PIECE', 64)
     np.testing.assert_allclose(part.errors(op.input_quantizer, params), expected, rtol=1e-4)
 
 
@@ -418,10 +419,10 @@ def test_sums_stream(pieces, monkeypatch):
     """In as many calls as one likes, and pieces of calls."""
     x, y = random(2, 300, 6), random(2, 300, 6, seed=1)
     once, streamed = Gram(), Gram()
-    once.add(x, y)
+    once.add(x, x - y)
     monkeypatch.setattr(Gram, 'TOKENS', 17)
     for part in zip(x.chunk(pieces, 1), y.chunk(pieces, 1), strict=True):
-        streamed.add(*part)
+        streamed.add(part[0], part[0] - part[1])
     for gram in (once, streamed):
         part = gram.objective(torch.eye(6).expand(2, 6, 6), 1)
         torch.testing.assert_close(part.root[0], x.mT @ x, rtol=1e-5, atol=1e-4)
@@ -434,7 +435,7 @@ def test_sums_are_exact_enough_for_small_differences():
     y = x + 1e-3 * random(1, 2**20, 4, seed=1)
     gram, start = Gram(), 0
     for end in (1, 7, 7, 50000, 2**19, 2**20):
-        gram.add(x[:, start:end], y[:, start:end])
+        gram.add(x[:, start:end], (x - y)[:, start:end])
         start = end
     part = gram.objective(torch.eye(4)[None], 1)
     expected = x[0].double().T @ (x - y)[0].double()
@@ -449,7 +450,8 @@ def test_sums_decide_the_error_over_all_tokens(count, axis):
     targets = x + 0.1 * random(count, 7, seed=1)
     op = linear(x if count > 1 else random(9, 7), weight_axis=axis)
     gram = Gram()
-    gram.add(op.input_quantizer(x)[None], targets[None])
+    rounded = op.input_quantizer(x)
+    gram.add(rounded[None], (rounded - targets)[None])
     params = candidates(op, 'weight', [(x,)])
     weight = op.weight[None]
     found = gram.objective(weight, 1 if axis is None else 5).errors(op.weight_quantizer, params)
@@ -498,11 +500,22 @@ def test_output_channels_are_rows_of_their_groups():
 
 
 @torch.no_grad()
+def test_outputs_in_a_space_of_fewer_dimensions_are_measured_in_it():
+    """The error of 20 outputs of 7 inputs, but for a constant, from 7 columns."""
+    for rescale, x in ((None, tokens(40, 1)[0][0]), (GeluShift, gelu(40, 1)[0][0])):
+        op = linear(x, rescale, out=20)
+        params = candidates(op, 'input', [(x,)])
+        part = objective(op, 'input', (x,))
+        assert part.root.shape == (1, 1, 7, 7) and part.residual.shape == (1, 1, 40, 7)
+        up_to_a_constant(part.errors(op.input_quantizer, params), direct(op, 'input', [(x,)], params))
+
+
+@torch.no_grad()
 def test_a_product_thinned_to_one_row_of_each_of_the_batch_is_screened_by_its_outputs():
     left, right = random(40, 2, 6, 5).softmax(-1), random(40, 2, 5, 16, seed=1)
     left[36] = 0  # a window without a score: its M is zero
     op = matmul(head(1), head(2))
-    thin = objective(op, 'right', (left, right)).thinned(16)
+    thin = objective(op, 'right', (left, right), every=16)
     assert thin.values.shape == (2, 40, 1, 5)
     params = candidates(op, 'right', [(left, right)])
     cheap = screen(thin, 32)

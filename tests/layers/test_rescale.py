@@ -209,10 +209,10 @@ def test_reparameterisation_is_that_of_the_literal_reference(bits):
     x[:, 2] += torch.randn(200, generator=torch.Generator().manual_seed(1))  # constants are ties
     x[:, 6] = x[:, 0]**3
     assert (x.amin(0) <= 0).all() and (x.amax(0) >= 0).all()
-    op = found(x, bits, steps=6, width=16, candidates=128)
+    op = found(x, bits, steps=6, width=16, candidates=128, rows=10**4)
     r, b = search_reparam(x, bits)
-    np.testing.assert_allclose(op.rescale.scale.numpy(), r.numpy(), rtol=1e-4)
-    np.testing.assert_allclose(op.rescale.shift.numpy(), b.numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(op.rescale.scale.numpy(), r.numpy(), rtol=1e-3)
+    np.testing.assert_allclose(op.rescale.shift.numpy(), b.numpy(), rtol=1e-3, atol=1e-3)
 
 
 # What is kept of each channel, where there are more tokens than that.
@@ -280,7 +280,7 @@ def test_ranges_from_what_is_kept_are_nearly_those_of_all_tokens(bits, kind):
     errors = []
     for channels in (kept, whole):
         screens = [channels.screen()]
-        params = fpcs(UniformQuantizer(bits), channels.spread(), screens, screens, plan())
+        params = fpcs(UniformQuantizer(bits), channels.spread(), screens, [screens], plan())
         scale, zero_point = (value[:, None] for value in params.values())
         rounded = UniformQuantizer(bits, axis=-2).fake_quantize(everything, scale, zero_point)
         errors.append((rounded - everything).double().square().sum(1))

@@ -29,11 +29,14 @@ PV = {
 }
 
 
+EVERYTHING = dict(rows=10**6, screen=10**6)
+
+
 def pv_error(left, method=None):
     """Squared error of probabilities times values, in numpy, with a quantizer for the probabilities; the quantizer."""
     op = equip(QuantMatMul(), left=PV[left](), right=UniformQuantizer(8, axis=-3))
     calls = [Call(attention(seed)) for seed in (1, 2)]
-    (method or AdaLog(rows=10**6, thin=1)).calibrate(Block('pv', op, calls, {'pv': op}))
+    (method or AdaLog(**EVERYTHING)).calibrate(Block('pv', op, calls, {'pv': op}))
     error = 0
     for call in calls:
         p, v = (x.double().numpy() for x in call.args)
@@ -68,7 +71,7 @@ def test_linear_layers_search_weight_and_input():
     torch.manual_seed(0)
     x = torch.randn(200, 16)**3
     errors = {}
-    for name, method in (('minmax', MinMax()), ('one', AdaLog(rows=10**6, thin=1, rounds=1)), ('three', AdaLog(rows=10**6, thin=1))):
+    for name, method in (('minmax', MinMax()), ('one', AdaLog(**EVERYTHING, rounds=1)), ('three', AdaLog(**EVERYTHING))):
         torch.manual_seed(1)
         op = equip(QuantLinear.from_float(nn.Linear(16, 6)), input=UniformQuantizer(4), weight=UniformQuantizer(4, axis=-2))
         with torch.no_grad():
@@ -206,7 +209,7 @@ def test_the_weight_is_searched_over_all_tokens():
     errors = []
     for samples, weights in (([(x,)], None), (block.samples['layer'], block.weights['layer'])):
         op.weight_quantizer.clear()
-        search(op, 'weight', samples, plan(thin=1), weights)
+        search(op, 'weight', samples, plan(screen=10**6), weights)
         errors.append((op(x) - layer(x)).square().sum())
     assert error < 1.01 * errors[0] < 0.9 * errors[1]
 

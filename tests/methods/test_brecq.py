@@ -110,7 +110,7 @@ def test_the_error_of_a_block_becomes_less(make):
 def test_rounding_and_scales_both_learn():
     _, targets, before = searched(toy()[0])
     errors = {}
-    for name, options in (('weights', dict(scale_lr=0)), ('scales', dict(weight_lr=0)), ('both', {})):
+    for name, options in (('weights', dict(scale_lr=0)), ('scales', dict(weight_lr=0, scale_lr=1e-2)), ('both', {})):
         block, method = toy(**options)
         method.calibrate(block)
         errors[name] = brecq.block_error(block, targets)
