@@ -1,7 +1,8 @@
 """Our layer search beside a brute-force one that follows the paper literally: the output error reached, and the time.
 
 Layers of the real DeiT-Tiny, with their inputs on calibration images; W4A4, full search setting. The first layer (blocks.0.attn.qkv,
-192 -> 576) is timed on all images; the brute force, which scores every candidate on every token, gets ``--reference-images``.
+192 -> 576) is timed on all images; the brute force, which scores every candidate on every token, gets ``--reference-images``. The fast recipe is compared with the full one on all
+images.
 
     python benchmarks/layer_search.py --json benchmarks/results/layer_search.json
 """
@@ -41,6 +42,8 @@ def inputs(model: torch.nn.Module, op: QuantLinear, images: Tensor) -> list[Tens
 
 def ours(op: QuantLinear, calls: list[Tensor], recipe: Recipe) -> tuple[float, float]:
     """Squared output error over all tokens, and seconds."""
+    for quantizer in (*op.quantizers().values(), *([op.rescale] if op.rescale else [])):
+        quantizer.clear()
     started = time.perf_counter()
     recipe.build_method().calibrate(Block('layer', op, [Call((x,)) for x in calls], {'layer': op}))
     seconds = time.perf_counter() - started
@@ -74,7 +77,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     classifier = MODELS['deit_tiny']
     model = classifier.load(args.data)
-    recipe = Recipe.from_dict(load_recipe(args.recipe))
+    recipe, fast = (Recipe.from_dict(load_recipe(name)) for name in (args.recipe, f'{args.recipe}_fast'))
     convert(model, find_spec(model), recipe)
     files = listed(args.data / 'imagenet' / 'calib.txt')[:args.images]
     images = classifier.normalized(torch.stack([read(path, SHORTER_SIDE) for path, _ in files]))
@@ -85,18 +88,20 @@ def main() -> None:
         assert isinstance(op, QuantLinear)
         calls = inputs(model, op, images)
         error, seconds = ours(op, calls, recipe)
+        fast_error, fast_seconds = ours(op, calls, fast)
         few = calls[:args.reference_images]
         few_error, few_seconds = ours(op, few, recipe)
         reference_error, reference_seconds = reference(op, few, op.sites['input'])
         rows.append({'layer': name, 'shape': f'{op.in_features} -> {op.out_features}', 'seconds': seconds,
-                     'relative error': error / energy(op, calls), 'images': len(few), 'our seconds': few_seconds,
+                     'relative error': error / energy(op, calls), 'fast seconds': fast_seconds,
+                     'fast / full': fast_error / error, 'images': len(few), 'our seconds': few_seconds,
                      'brute-force seconds': reference_seconds, 'error ratio': few_error / reference_error})
         print(rows[-1], flush=True)
-    ratios = [row['error ratio'] for row in rows]
+    ratios, fast_ratios = ([row[column] for row in rows] for column in ('error ratio', 'fast / full'))
     report('layer search, ours beside brute force', rows, dict(
         recipe=args.recipe, scope='one layer', images=args.images, reference_images=args.reference_images,
-        mean_ratio=sum(ratios) / len(ratios), largest_ratio=max(ratios)), args.json)
-    print(f'error ratio: mean {sum(ratios) / len(ratios):.4f}, largest {max(ratios):.4f}')
+        mean_ratio=sum(ratios) / len(ratios), largest_ratio=max(ratios), mean_fast_ratio=sum(fast_ratios) / len(rows)), args.json)
+    print(f'error ratio: mean {sum(ratios) / len(ratios):.4f}, largest {max(ratios):.4f}; fast / full: {sum(fast_ratios) / len(rows):.4f}')
 
 
 def energy(op: QuantLinear, calls: list[Tensor]) -> float:

@@ -215,7 +215,8 @@ def test_hard_probabilities(hard):
 
 
 @pytest.mark.parametrize('options', [dict(steps=1), dict(candidates=1), dict(candidates=2, steps=6), dict(rank=1), dict(rows=1, screen=1),
-                                     dict(all_tokens=False), dict(rounds=2, width=2), dict(width=1000, candidates=8), dict(screen=1), dict(screen=10**6)], ids=str)
+                                     dict(all_tokens=False), dict(rounds=2, width=2), dict(width=1000, candidates=8), dict(screen=1),
+                                     dict(screen=10**6)], ids=str)
 @pytest.mark.parametrize('kind', OPS)
 def test_searches_of_any_size(kind, options):
     torch.manual_seed(0)
