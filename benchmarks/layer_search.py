@@ -1,8 +1,7 @@
 """Our layer search beside a brute-force one that follows the paper literally: the output error reached, and the time.
 
-Layers of the real DeiT-Tiny, with their inputs on calibration images; W4A4, full search setting. The first layer (blocks.0.attn.qkv,
-192 -> 576) is timed on all images; the brute force, which scores every candidate on every token, gets ``--reference-images``. The fast recipe is compared with the full one on all
-images.
+Layers of the real DeiT-Tiny, with their inputs on calibration images; W4A4, full search setting, timed on all images. The brute force,
+which scores every candidate on every token, gets ``--reference-images``. The fast recipe is compared with the full one on all images.
 
     python benchmarks/layer_search.py --json benchmarks/results/layer_search.json
 """
