@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from benchmarks import brute_force
 from mmptq.calibration import Block, Call, Gram, fpcs, search, search_weight
 from mmptq.calibration.objective import Objective, own_error
+from mmptq.calibration.search import LAST
 from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Rescale
 from mmptq.methods import AdaLog
 from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer
@@ -463,6 +464,21 @@ def test_the_best_of_every_grid_are_compared_exactly(steps, width, expected, has
         found = screened.errors(None, {name: value[start:start + count] for name, value in compared.items()})
         assert torch.equal(found, best)
         start += count
+
+
+@pytest.mark.parametrize('has_present', [False, True])
+def test_a_first_comparison_leaves_a_few_for_the_last_and_the_present(has_present):
+    screened, some, whole = (Known([scale, scale, scale], [7, 5, 9]) for scale in (0.3, 0.31, 0.32))
+    present = {'scale': torch.full((3,), 9.0), 'zero_point': torch.full((3,), 3, dtype=torch.int32)} if has_present else None
+    found = fpcs(UniformQuantizer(4, axis=-2), VALUES, [screened], [[some], [whole]], plan(), present)
+    (first,), (last,) = some.asked, whole.asked
+    assert len(last['scale']) == LAST + has_present < len(first['scale'])
+    if present:
+        assert torch.equal(last['scale'][0], present['scale'])
+    best = some.errors(None, first).sort(0).values[:LAST]
+    assert torch.equal(some.errors(None, {name: value[has_present:] for name, value in last.items()}), best)
+    errors = whole.errors(None, last)
+    assert torch.equal(whole.errors(None, {name: value[None] for name, value in found.items()})[0], errors.amin(0))
 
 
 @pytest.mark.parametrize('quantizer', [UniformQuantizer(4), AdaLogQuantizer(4)], ids=lambda quantizer: type(quantizer).__name__)

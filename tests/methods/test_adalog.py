@@ -230,3 +230,13 @@ def test_operations_of_a_block_are_searched_on_float_inputs(family):
     assert torch.equal(outputs[0], again[0]) and not torch.equal(before.run()[0], outputs[0])
     assert all(torch.equal(x, y) for key in before.samples for a, b in zip(before.samples[key], after.samples[key], strict=True)
                for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize('all_tokens', [False, True])
+def test_weights_are_chosen_on_all_tokens_or_on_the_sample(all_tokens, monkeypatch):
+    summed = []
+    monkeypatch.setattr(Block, 'grams', lambda block, grams=Block.grams: summed.append(block.name) or grams(block))
+    op = equip(QuantLinear.from_float(nn.Linear(6, 4)), input=UniformQuantizer(4), weight=UniformQuantizer(4, axis=-2))
+    calls = [Call((torch.randn(1, 30, 6, generator=torch.Generator().manual_seed(seed)),)) for seed in range(3)]
+    AdaLog(**FAST, all_tokens=all_tokens).calibrate(Block('layer', op, calls, {'layer': op}))
+    assert summed == ['layer'] * all_tokens and op.weight_quantizer.params is not None
