@@ -39,12 +39,12 @@ def inputs(model: torch.nn.Module, op: QuantLinear, images: Tensor) -> list[Tens
     return found
 
 
-def ours(op: QuantLinear, calls: list[Tensor], recipe: Recipe) -> tuple[float, float]:
+def ours(op: QuantLinear, calls: list[Tensor], recipe: Recipe, seed: int = 0) -> tuple[float, float]:
     """Squared output error over all tokens, and seconds."""
     for quantizer in (*op.quantizers().values(), *([op.rescale] if op.rescale else [])):
         quantizer.clear()
     started = time.perf_counter()
-    recipe.build_method().calibrate(Block('layer', op, [Call((x,)) for x in calls], {'layer': op}))
+    recipe.build_method().calibrate(Block('layer', op, [Call((x,)) for x in calls], {'layer': op}, seed))
     seconds = time.perf_counter() - started
     with torch.no_grad():
         errors = [float((op(x) - op.float_forward(x)).square().sum(dtype=torch.float64)) for x in calls]

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from common import parser, report
 from imagenet_top1 import DATA, MODELS, SHORTER_SIDE, listed, read
-from layer_search import inputs
+from layer_search import inputs, ours
 
 from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe, convert, find_spec
-from mmptq.calibration import Block, Call
 from mmptq.layers import QuantLinear
 
 LAYERS = ('blocks.3.attn.qkv', 'blocks.6.attn.proj', 'blocks.6.mlp.fc1', 'blocks.9.mlp.fc2')
@@ -28,11 +27,7 @@ SIZES = (256, 1024, 4096, 10**6)
 
 def searched(op: QuantLinear, calls: list[torch.Tensor], recipe: Recipe, seed: int) -> tuple[float, float]:
     """Squared output error over all tokens, and the input's scale."""
-    for quantizer in (*op.quantizers().values(), *([op.rescale] if op.rescale else [])):
-        quantizer.clear()
-    recipe.build_method().calibrate(Block('layer', op, [Call((x,)) for x in calls], {'layer': op}, seed))
-    with torch.no_grad():
-        error = sum(float((op(x) - op.float_forward(x)).square().sum(dtype=torch.float64)) for x in calls)
+    error, _ = ours(op, calls, recipe, seed)
     params = op.quantizer('input').params
     assert params is not None
     return error, float(params['scale'])
