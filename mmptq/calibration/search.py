@@ -112,9 +112,10 @@ def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, weights: Tensor
     quantizer = op.quantizer(role)
     if not quantizer.param_names:
         return
-    tensors = [_by_group(op, role, op.factors(*op.operands(*activations))[op.roles.index(role)]) for activations in samples]
+    index, those = op.roles.index(role), samples[:1] if role == 'weight' else samples  # a weight is the same in all
+    tensors = [_by_group(op, role, op.factors(*op.operands(*activations))[index]) for activations in those]
     if role == 'weight':
-        tokens, tensors = sum(x.shape[0] for x, *_ in samples), tensors[:1]
+        tokens = sum(len(activations[0]) for activations in samples)
         thin = [1 if final else max(1, tokens // (SOME * plan.screen))]
     else:
         rows = sum(x.shape[1:3].numel() for x in tensors)
