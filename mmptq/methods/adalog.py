@@ -12,7 +12,7 @@ from ..calibration.channels import Channels
 from ..calibration.search import COARSE, FPCS, fpcs, search, search_weight
 from ..layers import GeluShift, QuantLinear, QuantOp, Rescale, per_channel_rescale
 from ..layers.rescale import GELU_MINIMUM
-from .base import require_positive
+from .base import require_flags, require_positive
 
 CHANNEL_PART = 4
 """Of so many rows one value of each channel is kept for the reparameterisation after LayerNorm, about."""
@@ -52,6 +52,7 @@ class AdaLog:
 
     def __post_init__(self) -> None:
         require_positive(self, 'steps', 'width', 'candidates', 'rank', 'rounds', 'rows', 'screen')
+        require_flags(self, 'all_tokens', 'propagate_error')
 
     def calibrate(self, block: Block) -> list[Any]:
         """See :class:`mmptq.methods.Method`."""

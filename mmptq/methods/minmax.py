@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..calibration.capture import Block
 from ..layers import QuantOp
-from .base import require_positive
+from .base import require_flags, require_positive
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class MinMax:
 
     def __post_init__(self) -> None:
         require_positive(self, 'rows')
+        require_flags(self, 'propagate_error')
 
     @torch.no_grad()
     def calibrate(self, block: Block) -> list[Any]:

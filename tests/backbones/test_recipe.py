@@ -183,7 +183,8 @@ def test_granularity_that_a_site_does_not_have_is_refused(site, option):
 
 
 @pytest.mark.parametrize(('option', 'value'), [('steps', 0), ('width', 0), ('candidates', 0), ('rank', 0), ('rounds', 0), ('rows', 0),
-                                               ('rows', -5)])
+                                               ('rows', -5), ('screen', 0), ('screen', 1.5), ('rows', '64'), ('steps', True),
+                                               ('all_tokens', 'no'), ('propagate_error', 0)])
 def test_searches_of_nothing_are_refused(option, value):
     with pytest.raises(QuantizationError, match=option):
         Recipe.from_dict(changed(('method', option), value))
