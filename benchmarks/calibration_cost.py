@@ -5,7 +5,8 @@
 
 swin: the backbone of a stock Mask R-CNN Swin-T with random weights, noise of 800x1216: only the cost is measured. deit: the real
 DeiT-Tiny with its classifier on ImageNet images of 224x224. One image is a call. The unit is a float pass over the images: after each
-calibrated block some of them pass through the float model, and the median of these times, per image, counts for all.
+calibrated block some of them pass through the float model, and the median of these times, per image, counts for all. Of several
+repeats each block's median counts, so that a machine that stalls once does not decide.
 """
 from __future__ import annotations
 
@@ -88,7 +89,7 @@ def main() -> None:
     args = parser(__doc__)
     args.add_argument('model', choices=['swin', 'deit'])
     args.add_argument('--images', type=int, default=32)
-    args.add_argument('--repeats', type=int, default=1, help='of each calibration; the median counts')
+    args.add_argument('--repeats', type=int, default=1, help='of each calibration; the median of each block counts')
     args.add_argument('--recipes', nargs='+', default=['adalog_w4a4', 'adalog_w4a4_fast'])
     options = args.parse_args()
     logging.basicConfig(level=logging.INFO, format='%(message)s')
@@ -101,8 +102,8 @@ def main() -> None:
             model, images = build(options.images)
             peak = Peak(torch.device('cpu'))
             runs.append(calibration(model, images, Recipe.from_dict(load_recipe(name)), build(0)[0]))
-        runs.sort(key=lambda run: sum(run[0].values()) / run[1])
-        blocks[name], unit = runs[len(runs) // 2]
+        blocks[name] = {block: statistics.median(seconds[block] for seconds, _ in runs) for block in runs[0][0]}
+        unit = statistics.median(unit for _, unit in runs)
         seconds = sum(blocks[name].values())
         rows.append({'recipe': name, 'seconds': seconds, 'float pass, s': unit, 'float passes': seconds / unit,
                      'slowest block, float passes': max(blocks[name].values()) / unit, 'peak memory, MiB': peak.mib()})

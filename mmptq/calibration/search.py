@@ -35,7 +35,7 @@ class FPCS:
 
 COARSE = 2
 """The stage whose best go to the comparison at the end, beside those of the last; a coarse search ends before it. Scales of later grids
-differ by less than a hundredth: an eighth of the survivors, and of the candidates, is enough for them."""
+differ by less than a hundredth: an eighth of the survivors, and of the candidates, is enough for them, and half for the grid before."""
 
 SOME = 2
 """How many times as many rows as for screening are for a first comparison of the best, and for the weights of a coarse search."""
@@ -70,7 +70,7 @@ def fpcs(quantizer: Quantizer, values: Tensor, screens: Sequence[Screen], exact:
     for step in range(plan.steps):
         assert grid is not None
         errors = _total(screens, quantizer, grid.params)
-        part = 8 if step >= COARSE else 1
+        part = (1, 2, 8)[min(step, COARSE)]
         finer = None
         if step < plan.steps - 1:
             finer = quantizer.refine(grid, errors, values, plan.candidates // part, max(1, plan.width // part))
@@ -96,7 +96,7 @@ def _total(parts: Judges, quantizer: Quantizer, params: Params) -> Tensor:
 
 
 @torch.no_grad()
-def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, weights: Tensor | None = None, final: bool = True) -> None:
+def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, weights: Tensor | None = None, final: bool = True) -> bool:
     """Sets one operand's quantizer to the parameters of least output error, each channel or head by itself.
 
     The other operands pass through their quantizers as they are, float where not calibrated.
@@ -108,10 +108,13 @@ def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, weights: Tensor
         plan: How finely.
         weights: What each row of the (then single) sample counts, (rows,), if not the same.
         final: Compare the best on all rows; else on those for screening.
+
+    Returns:
+        Whether the parameters are others than before.
     """
     quantizer = op.quantizer(role)
     if not quantizer.param_names:
-        return
+        return False
     index, those = op.roles.index(role), samples[:1] if role == 'weight' else samples  # a weight is the same in all
     tensors = [_by_group(op, role, op.factors(*op.operands(*activations))[index]) for activations in those]
     if role == 'weight':
@@ -124,7 +127,7 @@ def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, weights: Tensor
     values = torch.cat([x.flatten(1) for x in tensors], 1)
     parts = [objectives(op, role, activations, weights, thin) for activations in samples]
     first, *others = [list(level) for level in zip(*parts, strict=True)]
-    _choose(quantizer, values, first, others, plan)
+    return _choose(quantizer, values, first, others, plan)
 
 
 @torch.no_grad()
@@ -135,12 +138,13 @@ def search_weight(op: QuantOp, gram: Gram, samples: Samples, plan: FPCS) -> None
     _choose(op.quantizer('weight'), exact[0].values.flatten(1), exact, [], plan)
 
 
-def _choose(quantizer: Quantizer, values: Tensor, first: list[Objective], others: list[list[Objective]], plan: FPCS) -> None:
+def _choose(quantizer: Quantizer, values: Tensor, first: list[Objective], others: list[list[Objective]], plan: FPCS) -> bool:
     if not quantizer.param_names:
-        return
+        return False
     present = quantizer.params and {name: value.reshape(-1) for name, value in quantizer.params.items()}
     params = fpcs(quantizer, values, [screen(part, plan.rank) for part in first], others or [first], plan, present)
     quantizer.set(**{name: quantizer.ungrouped(value[None])[0] for name, value in params.items()})
+    return present is None or any(not torch.equal(value, present[name].to(value.dtype)) for name, value in params.items())
 
 
 def objectives(op: QuantOp, role: str, activations: tuple[Tensor, ...], weights: Tensor | None = None,

@@ -43,7 +43,7 @@ class AdaLog:
     steps: int = 6
     width: int = 16
     candidates: int = 128
-    rank: int = 32
+    rank: int = 64
     rounds: int = 3
     rows: int = 4096
     screen: int = 256
@@ -57,7 +57,8 @@ class AdaLog:
     def calibrate(self, block: Block) -> list[Any]:
         """See :class:`mmptq.methods.Method`."""
         plan = FPCS(self.steps, self.width, self.candidates, self.rank, self.screen)
-        brief = replace(plan, steps=min(self.steps, COARSE), candidates=max(1, self.candidates // 2))  # for what changes again
+        # For what changes again.
+        brief = replace(plan, steps=min(self.steps, COARSE), candidates=max(1, self.candidates // 2), rank=max(1, self.rank // 2))
         channels = {name: Channels(len(block.calls), max(1, self.rows // CHANNEL_PART), block.seed) for name, op in block.ops.items()
                     if isinstance(op_rescale(op), Rescale)}
 
@@ -69,13 +70,16 @@ class AdaLog:
         for name, op in block.ops.items():
             samples = block.samples[name]
             reparameterize(op, channels.get(name), plan)
+            changed = True
             for number in range(self.rounds):
                 last = number == self.rounds - 1
                 for role in op.roles:
                     if last and role == 'weight' and op.streams and self.all_tokens:
                         continue  # below
+                    if number and not last and not changed:
+                        continue  # the other operand is as it was when this one was searched
                     thorough = last or (number == 0 and role != 'weight')  # the first base and scale decide where the others are looked for
-                    search(op, role, samples, plan if thorough else brief, block.weights.get(name), last)
+                    changed = search(op, role, samples, plan if thorough else brief, block.weights.get(name), last)
         if self.all_tokens:
             for name, gram in block.grams().items():
                 search_weight(block.ops[name], gram, block.samples[name], plan)

@@ -137,18 +137,19 @@ class AdaLogQuantizer(Quantizer):
         return Grid({'scale': scale.expand_as(q), 'q': q}, torch.zeros_like(scale[0]))
 
     def refine(self, grid: Grid, errors: Tensor, values: Tensor, count: int, width: int) -> Grid | None:
-        """8 scales for each of the 16 best bases, from the 0.9 quantile of the larger values to the largest; then 4 around each of 32.
+        """8 scales for each of the 16 best bases, from the 0.9 quantile of the larger values to the largest; then 4 around each of
+        32, and so on.
 
         (With ``width`` 16 and ``count`` 128. The paper: 16 scales for each of 8.)
         The larger values are those above the mean, which after GELU are the positive ones.
         """
-        if self.fixed_scale is not None or grid.stage == 2:
+        if self.fixed_scale is not None:
             return None
         best = best_of(grid, errors, width if grid.stage == 0 else 2 * width)
         children = max(2, count // len(best['q']))
         q = best['q'].repeat_interleave(children, 0)
         if grid.stage:
-            return Grid({'scale': around(best['scale'], grid.spacing, children), 'q': q}, grid.spacing / children, grid.stage + 1)
+            return Grid({'scale': around(best['scale'], grid.spacing, children), 'q': q}, grid.spacing / (children - 0.5), grid.stage + 1)
         ends = [quantiles(row[row >= row.mean().clamp(max=row.max())][None], (0.9, 1.0)).flatten() for row in values]  # a row: (values,)
         inner, high = torch.stack(ends, 1)  # (groups,) each
         fractions = torch.linspace(1, 0, children, dtype=values.dtype, device=values.device)[:, None]

@@ -240,3 +240,22 @@ def test_weights_are_chosen_on_all_tokens_or_on_the_sample(all_tokens, monkeypat
     calls = [Call((torch.randn(1, 30, 6, generator=torch.Generator().manual_seed(seed)),)) for seed in range(3)]
     AdaLog(**FAST, all_tokens=all_tokens).calibrate(Block('layer', op, calls, {'layer': op}))
     assert summed == ['layer'] * all_tokens and op.weight_quantizer.params is not None
+
+
+@pytest.mark.parametrize('changes, searched', [
+    ([True] * 6, ['left', 'right'] * 3),
+    ([True, True, False], ['left', 'right', 'left', 'left', 'right']),  # the left one stays, so the right one would find what it found
+    ([True, False], ['left', 'right', 'left', 'right']),
+])
+def test_what_cannot_change_is_not_searched_between_the_first_and_the_last_round(changes, searched, monkeypatch):
+    roles, answers = [], iter(changes + [True] * 6)
+    monkeypatch.setattr('mmptq.methods.adalog.search', lambda op, role, *_: roles.append(role) or next(answers))
+    op = equip(QuantMatMul(), left=UniformQuantizer(4), right=UniformQuantizer(4))
+    AdaLog().calibrate(Block('qk', op, [Call(attention(0))], {'qk': op}))
+    assert roles == searched
+
+
+def test_a_search_tells_whether_it_found_something_else():
+    op = equip(QuantMatMul(), left=UniformQuantizer(4), right=UniformQuantizer(4))
+    assert search(op, 'left', [attention(0)], plan()) and not search(op, 'left', [attention(0)], plan())
+    assert search(op, 'left', [attention(1)], plan())
