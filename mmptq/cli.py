@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 from rich.console import Console
 
 from .analysis.summary import result_table
-from .apis import quantize, recipe_names, recipe_of
+from .apis import PAPER_IMAGES, quantize, recipe_names, recipe_of
 from .errors import QuantizationError
 
 
@@ -36,10 +36,12 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--w-bits', type=int, help='with --method: bits of weights, 2 to 8 (default: 4)')
     group.add_argument('--a-bits', type=int, help='with --method: bits of activations, 2 to 8 (default: 4)')
     group.add_argument('--softmax-bits', type=int, help='with --method: bits of attention probabilities (default: those of activations)')
-    group.add_argument('--scope', choices=['backbone', 'model'], default='backbone', help='what is quantized (default: backbone)')
-    group.add_argument('--calib-images', type=int, default=32, help='number of calibration images (default: 32)')
+    group.add_argument('--scope', choices=['backbone', 'model'], help='what is quantized (default: backbone; with --paper-protocol: model)')
+    group.add_argument('--calib-images', type=int, help='number of calibration images (default: 32)')
     group.add_argument('--calib-cfg', help='config file whose train_dataloader has the calibration images')
     group.add_argument('--calib-on-test', action='store_true', help='calibrate on evaluation images: a leak, logged as one')
+    group.add_argument('--paper-protocol', action='store_true', help='with a uqvit_* recipe: the setting of its official detection code, '
+                       'on the first two evaluation images: a leak, logged as one')
     group.add_argument('--seed', type=int, default=0, help='seed of the calibration images and token samples (default: 0)')
     group.add_argument('--float-eval', action=argparse.BooleanOptionalAction, default=True, help='evaluate the float model first')
     group.add_argument('--no-eval', action='store_true', help='calibrate and save only')
@@ -53,13 +55,16 @@ def run_quantize(args: argparse.Namespace) -> None:
         raise QuantizationError('give --recipe, or --method with --w-bits and --a-bits, not both')
     if not args.method and any(bits is not None for bits in (args.w_bits, args.a_bits, args.softmax_bits)):
         raise QuantizationError('--w-bits, --a-bits and --softmax-bits go with --method')
-    recipe = args.recipe or 'adalog_w4a4'
+    if args.paper_protocol and args.calib_images is not None:
+        raise QuantizationError(f'--paper-protocol calibrates on {PAPER_IMAGES} evaluation images: drop --calib-images')
+    recipe = args.recipe or ('uqvit_w4a4' if args.paper_protocol else 'adalog_w4a4')
     if args.method:
         weight_bits, activation_bits = (4 if bits is None else bits for bits in (args.w_bits, args.a_bits))
         recipe = recipe_of(args.method, weight_bits, activation_bits, args.softmax_bits)
     summary = quantize(
-        args.config, args.checkpoint, recipe, scope=args.scope, work_dir=args.work_dir, cfg_options=args.cfg_options,
-        launcher=args.launcher, calib_images=args.calib_images, calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, seed=args.seed,
+        args.config, args.checkpoint, recipe, scope=args.scope or ('model' if args.paper_protocol else 'backbone'), work_dir=args.work_dir,
+        cfg_options=args.cfg_options, launcher=args.launcher, calib_images=32 if args.calib_images is None else args.calib_images,
+        calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, as_in_paper=args.paper_protocol, seed=args.seed,
         float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, out=args.out, show=args.show, show_dir=args.show_dir,
         wait_time=args.wait_time, tta=args.tta)
     if not is_main_process():

@@ -17,7 +17,7 @@ QUANTIZERS = Registry('quantizer', scope='mmptq')
 METHODS = Registry('method', scope='mmptq')
 """What a recipe may name as its method."""
 
-for _module in (quantizers.UniformQuantizer, quantizers.AdaLogQuantizer, quantizers.Float):
+for _module in (quantizers.UniformQuantizer, quantizers.AdaLogQuantizer, quantizers.DeMaxQuantizer, quantizers.Float):
     QUANTIZERS.register_module(module=_module)
-for _method in (methods.MinMax, methods.AdaLog, methods.AdaLogBRECQ):
+for _method in (methods.MinMax, methods.AdaLog, methods.AdaLogBRECQ, methods.UQViT):
     METHODS.register_module(module=_method)

@@ -35,10 +35,11 @@ def layer_rows(model: nn.Module, skipped: Mapping[str, str], sqnr_db: Mapping[st
                              bits={role: quantizer.bits for role, quantizer in quantizers.items()},
                              effective_bits={role: round(quantizer.effective_bits, 3) for role, quantizer in quantizers.items()},
                              quantizer={role: type(quantizer).__name__ for role, quantizer in quantizers.items()},
+                             uniform={role: quantizer.uniform for role, quantizer in quantizers.items()},
                              sqnr_db=sqnr_db.get(name), reason=None))
         else:
-            rows.append(dict(name=name, kind=type(module).__name__, site=None, bits=None, effective_bits=None, quantizer=None, sqnr_db=None,
-                             reason=skipped[name]))
+            rows.append(dict(name=name, kind=type(module).__name__, site=None, bits=None, effective_bits=None, quantizer=None, uniform=None,
+                             sqnr_db=None, reason=skipped[name]))
     return rows
 
 

@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from ..backbones.presets import load_recipe
+from ..backbones.presets import load_recipe, paper_protocol
 from ..engine.calibration import inner_model
 from ..engine.checkpoint import is_calibrated, load_file, safe_loading
 from ..engine.data import calibration_dataset, load_config
@@ -23,12 +23,14 @@ from ..errors import QuantizationError
 from .testing import draw_predictions, dump_predictions, test_time_augmentation
 
 SCOPES = ('backbone', 'model')
+PAPER_IMAGES = 2
+"""Calibration images of UQ-ViT's official detection code."""
 _RUNS = itertools.count()
 
 
 def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, Any] = 'adalog_w4a4', *, scope: str = 'backbone',
              work_dir: str | None = None, cfg_options: Mapping[str, Any] | None = None, launcher: str = 'none',
-             calib_images: int = 32, calib_cfg: str | None = None, calib_on_test: bool = False, seed: int = 0,
+             calib_images: int = 32, calib_cfg: str | None = None, calib_on_test: bool = False, as_in_paper: bool = False, seed: int = 0,
              float_eval: bool = True, evaluate: bool = True, resume: bool = False, out: str | None = None, show: bool = False,
              show_dir: str | None = None, wait_time: float = 2, tta: bool = False) -> dict[str, Any]:
     """Quantizes a detector or segmentor after training, and says what that costs.
@@ -45,6 +47,8 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         calib_images: Calibration images, drawn from the train set.
         calib_cfg: A config whose train_dataloader is used instead.
         calib_on_test: Calibrate on evaluation images. A leak.
+        as_in_paper: With a UQ-ViT recipe: as its official detection code, on the first two evaluation images (a leak), inputs of
+            convolutions at 8 bits, no NormQuant before fc2. (The published results are of scope ``model``.)
         seed: Of the draw of images and tokens.
         float_eval: Evaluate the float model first.
         evaluate: Evaluate at all.
@@ -62,6 +66,10 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         QuantizationError: If something does not fit; before long work where it can be known.
     """
     recipe_cfg = load_recipe(recipe)
+    if as_in_paper:
+        if calib_cfg is not None:
+            raise QuantizationError('the paper protocol calibrates on evaluation images: --calib-cfg has no place in it')
+        recipe_cfg, calib_images, calib_on_test = paper_protocol(recipe_cfg), PAPER_IMAGES, True
     checkpoint = str(checkpoint)
     if scope not in SCOPES:
         raise QuantizationError(f'unknown scope {scope!r}: it is one of {", ".join(SCOPES)}')
@@ -80,7 +88,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
     loaded = load_file(checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     cfg.custom_hooks = [*cfg.custom_hooks, dict(
-        type='mmptq.PTQHook', images=calib_images, seed=seed, on_test=calib_on_test, resume=resume,
+        type='mmptq.PTQHook', images=calib_images, seed=seed, on_test=calib_on_test, shuffle=not as_in_paper, resume=resume,
         dataset=calibration_dataset(cfg, calib_cfg, calib_on_test))]
     with safe_loading():
         quantized = quantized_config(cfg, recipe_cfg, scope)

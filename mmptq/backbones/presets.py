@@ -64,6 +64,23 @@ def recipe_of(method: str, weight_bits: int, activation_bits: int, softmax_bits:
     return _read(RECIPES / f'{method}.py', dict(name=f'{name}_{variant}' if variant else name, bits=bits))
 
 
+def paper_protocol(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A UQ-ViT recipe as in its official detection code: inputs of convolutions at 8 bits, no NormQuant before fc2.
+
+    (The official code also takes its calibration images from the evaluation, see :func:`mmptq.apis.quantize`; that it leaves the
+    reference model in train mode is not repeated.)
+
+    Raises:
+        QuantizationError: If it is no recipe of UQ-ViT.
+    """
+    if recipe['method']['type'] != 'UQViT':
+        raise QuantizationError(f'the paper protocol is that of UQ-ViT: give a recipe uqvit_wXaY, not {recipe["name"]}')
+    quantizers = {site: dict(options) for site, options in recipe['quantizers'].items()}
+    quantizers['post_gelu'].pop('rescale', None)
+    quantizers['conv']['bits'] = 8
+    return Recipe.from_dict({**recipe, 'name': f'{recipe["name"]}_paper', 'quantizers': quantizers}).to_dict()
+
+
 def _read(path: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     try:
         cfg = Config.fromfile(path, use_predefined_variables=False, import_custom_modules=False)

@@ -83,7 +83,7 @@ class Block:
 
     @torch.no_grad()
     def observe(self, rows: int, visit: Visitor | None = None) -> list[Any]:
-        """Runs all calls in float and keeps a bounded, seeded sample of every operation's activations.
+        """Runs all calls in float and keeps a bounded, seeded sample of every operation's activations; sets dynamic quantizers.
 
         Args:
             rows: Rows to keep of each operation over all calls, about.
@@ -121,6 +121,10 @@ class Block:
                                     'images (--calib-images, --calib-cfg)')
         self.samples = {name: merge(found) for name, found in samples.items()}
         self.weights = {name: torch.cat(found) for name, found in weights.items() if found}
+        for name, op in self.ops.items():
+            for index, quantizer in enumerate(op.quantizers().values()):
+                if quantizer.dynamic:
+                    quantizer.set(**quantizer.observed([op.operands(*sample)[index] for sample in self.samples[name]]))
         return outputs if self.float_calls is self.calls else self.run_float()
 
     @torch.no_grad()

@@ -113,7 +113,7 @@ def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, weights: Tensor
         Whether the parameters are others than before.
     """
     quantizer = op.quantizer(role)
-    if not quantizer.param_names:
+    if quantizer.dynamic or not quantizer.param_names:
         return False
     index, those = op.roles.index(role), samples[:1] if role == 'weight' else samples  # a weight is the same in all
     tensors = [_by_group(op, role, op.factors(*op.operands(*activations))[index]) for activations in those]

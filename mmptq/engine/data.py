@@ -76,7 +76,8 @@ def calibration_dataset(cfg: Config, calib_cfg: str | None = None, on_test: bool
     return _with_pipeline(_plain(train['dataset']), _innermost(test_dataset)['pipeline'])
 
 
-def build_calibration_set(dataset: Mapping[str, Any], images: int, seed: int, evaluated: Any, on_test: bool) -> CalibrationSet:
+def build_calibration_set(dataset: Mapping[str, Any], images: int, seed: int, evaluated: Any, on_test: bool,
+                          shuffle: bool = True) -> CalibrationSet:
     """Builds a calibration data set and draws images from it.
 
     Args:
@@ -85,6 +86,7 @@ def build_calibration_set(dataset: Mapping[str, Any], images: int, seed: int, ev
         seed: Of the draw.
         evaluated: The data set of the evaluation, to find leaks.
         on_test: Whether a leak is wanted.
+        shuffle: Draw at random; else take the first ones.
 
     Raises:
         QuantizationError: If it is empty or cannot be built, or holds images of the evaluation that were not asked for.
@@ -98,7 +100,8 @@ def build_calibration_set(dataset: Mapping[str, Any], images: int, seed: int, ev
     if not len(built):
         raise QuantizationError(f'the calibration set is empty: {type(built).__name__} found no image; check its data_root and '
                                 'ann_file, or name another one with --calib-cfg')
-    indices = torch.randperm(len(built), generator=torch.Generator().manual_seed(seed))[:images].tolist()
+    order = torch.randperm(len(built), generator=torch.Generator().manual_seed(seed)) if shuffle else torch.arange(len(built))
+    indices = order[:images].tolist()
     paths = [_path(built, index) for index in indices]
     evaluation = {os.path.realpath(_path(evaluated, index)) for index in range(len(evaluated))}
     leaks = [path for path in paths if os.path.realpath(path) in evaluation]

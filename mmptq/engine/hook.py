@@ -41,18 +41,20 @@ class PTQHook(Hook):
         dataset: Config of the calibration data set; by default that of the config's train_dataloader, with the test pipeline.
         calib_cfg: A config whose train_dataloader is used instead.
         on_test: Calibrate on evaluation images: a leak, said in the log and in the summary.
+        shuffle: Draw the images at random; else they are the first ones.
         resume: Go on after the last block that an interrupted run in the same work_dir calibrated.
     """
 
     priority = 'VERY_LOW'
 
     def __init__(self, images: int = 32, seed: int = 0, dataset: dict[str, Any] | None = None, calib_cfg: str | None = None,
-                 on_test: bool = False, resume: bool = False) -> None:
+                 on_test: bool = False, shuffle: bool = True, resume: bool = False) -> None:
         self.images = images
         self.seed = seed
         self.dataset = dataset
         self.calib_cfg = calib_cfg
         self.on_test = on_test
+        self.shuffle = shuffle
         self.resume = resume
         self.summary: dict[str, Any] = {}
         self.float_result: dict[str, Any] | None = None
@@ -84,7 +86,7 @@ class PTQHook(Hook):
             reason = f'{type(error).__name__}: {error}'
             raise QuantizationError(f'the test data set or metric of the config cannot be built: {reason}') from error
         dataset = self.dataset or calibration_dataset(runner.cfg, self.calib_cfg, self.on_test)
-        self._images = build_calibration_set(dataset, self.images, self.seed, evaluated, self.on_test)
+        self._images = build_calibration_set(dataset, self.images, self.seed, evaluated, self.on_test, self.shuffle)
         for _ in self._images.batches():
             pass
         log_images(runner, self._images, self.images)
@@ -132,7 +134,7 @@ class PTQHook(Hook):
         progress = Path(runner.work_dir) / PROGRESS
         results = calibrate_model(model, images, self.seed, runner.logger, progress, self.resume)
         calibration = dict(dataset=type(images.dataset).__name__, split='test' if self.on_test else 'train', images=len(images.paths),
-                           seed=self.seed, leak=images.leak, seconds=round(time.perf_counter() - started, 3),
+                           seed=self.seed, shuffle=self.shuffle, leak=images.leak, seconds=round(time.perf_counter() - started, 3),
                            peak_memory_mib=round(peak.mib(), 1))
         recipe = report.recipe.to_dict()
         sqnr = {name: value for result in results for name, value in result.sqnr_db.items()}

@@ -80,14 +80,17 @@ RESCALES: dict[str, type[Rescale] | type[GeluShift]] = {'per_channel': Rescale, 
 """By the value of ``rescale`` in a recipe's quantizer."""
 
 
-def per_channel_rescale(params: Params, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """r and b that turn a quantizer per channel into one per tensor (RepQ-ViT; AdaLog, after LayerNorm).
+def per_channel_rescale(params: Params, zero: Tensor, alpha: float = 0.0, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """r and b that turn a quantizer per channel into one per tensor (RepQ-ViT; AdaLog, after LayerNorm; NormQuant with shift).
 
-    ``S = mean s``, ``Z = round(mean z)``, ``r = s / S``, ``b = lo / r - LO`` with ``lo = -z s`` and ``LO = -Z S``.
+    ``S = mean s``, ``Z = round(mean z)``, ``r = (s / S)^(1 - alpha) / w^alpha``, ``b = lo / r - LO`` with ``lo = -z s`` and
+    ``LO = -Z S``. With alpha = 0, RepQ-ViT's, the weight has no say.
 
     Args:
         params: ``scale`` and ``zero_point`` of the uniform quantizer of each channel, (in,).
         zero: Channels that are always zero, (in,), bool: they have no scale, and keep r = 1.
+        alpha: How much of the difference between channels is left to the weight, 0 to 1.
+        columns: Scales of the weight's columns, (in,), for an alpha that is not 0.
     """
     scale, zero_point = params['scale'], params['zero_point'].to(params['scale'].dtype)
     if bool(zero.all()):
@@ -95,5 +98,30 @@ def per_channel_rescale(params: Params, zero: Tensor) -> tuple[Tensor, Tensor]:
     mean_scale, mean_zero = scale[~zero].mean(), zero_point[~zero].mean().round()
     scale = torch.where(zero, mean_scale, scale).clamp(min=SMALLEST * float(mean_scale))
     zero_point = torch.where(zero, mean_zero, zero_point)
-    r = scale / mean_scale
+    r = _shared(scale / mean_scale, zero, alpha, columns)
     return r, -zero_point * scale / r + mean_zero * mean_scale
+
+
+def largest_rescale(largest: Tensor, alpha: float, columns: Tensor) -> Tensor:
+    """r of NormQuant without shift: only channels above the average are made smaller.
+
+    ``C = mean c``, ``c <- max(c, C)``, ``r = max(1, (c / C)^(1 - alpha) / w^alpha)``.
+
+    Args:
+        largest: ``c``, the largest magnitude in each channel, (in,).
+        alpha: As above.
+        columns: As above.
+    """
+    mean = largest.mean()
+    if not float(mean):
+        return torch.ones_like(largest)
+    return _shared(torch.maximum(largest, mean) / mean, largest == 0, alpha, columns).clamp(min=1)
+
+
+def _shared(ratio: Tensor, zero: Tensor, alpha: float, columns: Tensor | None) -> Tensor:
+    """``ratio^(1 - alpha) / w^alpha``, w the columns' scales over their mean; 1 for channels that are always zero."""
+    if not alpha or columns is None:
+        return ratio
+    mean = columns.mean()
+    weight = (columns / mean).clamp(min=SMALLEST) if float(mean) else torch.ones_like(columns)  # a column of zeros has no scale
+    return torch.where(zero, torch.ones_like(ratio), ratio.pow(1 - alpha) / weight.pow(alpha))

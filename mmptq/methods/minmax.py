@@ -35,7 +35,7 @@ class MinMax:
 
         def widen(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
             for role, operand in zip(op.roles, op.operands(*activations), strict=True):
-                if not op.quantizer(role).param_names:
+                if op.quantizer(role).dynamic or not op.quantizer(role).param_names:
                     continue
                 values = op.quantizer(role).grouped(operand)
                 low, high = values.amin(1), values.amax(1)

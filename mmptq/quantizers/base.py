@@ -1,7 +1,7 @@
 """The quantizer that all others are: parameters that are absent until calibrated, an encoder and a decoder."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -132,6 +132,11 @@ class Quantizer(Calibrated):
         ValueError: If ``bits`` is not an integer in 2..8, or ``axis`` is not negative.
     """
 
+    uniform: ClassVar[bool] = False
+    """Whether codes are multiples of a step, so that integers can multiply them."""
+    dynamic: ClassVar[bool] = False
+    """Whether ranges come from each tensor itself, so that there is nothing to search; parameters are from :meth:`observed`."""
+
     def __init__(self, bits: int, axis: int | None = None) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
@@ -179,6 +184,10 @@ class Quantizer(Calibrated):
 
     def range_params(self, low: Tensor, high: Tensor) -> Params:
         """Parameters that cover ``[low, high]``; both tensors broadcast against the quantized one."""
+        raise NotImplementedError
+
+    def observed(self, samples: Sequence[Tensor]) -> Params:
+        """The parameters of a dynamic quantizer, from samples of what it will quantize."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, before: Change | None = None) -> Tensor:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class UniformQuantizer(Quantizer):
     """
 
     param_names = ('scale', 'zero_point')
+    uniform: ClassVar[bool] = True
     scale: Tensor | None
     zero_point: Tensor | None
 

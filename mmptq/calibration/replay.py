@@ -1,0 +1,76 @@
+"""A block's forward that is run several times on one call, from one operation on: what came before it is computed once."""
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..layers import QuantOp
+
+
+class Replay:
+    """Answers of the parts of a module that had ended when an operation began.
+
+    The first :meth:`run` records them; in later ones these parts are not run but answer the same. So the call must be the same, and
+    nothing may change but the operation and what follows it.
+
+    Args:
+        module: The module, or a function.
+        first: The operation.
+    """
+
+    def __init__(self, module: Callable[..., Any], first: QuantOp) -> None:
+        self.module, self.first = module, first
+        self.answers: list[tuple[nn.Module, Any]] | None = None
+        self.recording = False
+        self.waiting: dict[nn.Module, deque[Any]] = {}
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the module."""
+        self.recording = self.answers is None
+        self.waiting = {}
+        if self.answers is None:
+            self.answers = []
+        for part, answer in [] if self.recording else self.answers:
+            self.waiting.setdefault(part, deque()).append(answer)
+        return self.module(*args, **kwargs)
+
+    def answered(self, part: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The output of a part, remembered or its own."""
+        if self.waiting.get(part):
+            return self.waiting[part].popleft()
+        self.recording = self.recording and part is not self.first
+        if not self.recording:
+            return own(*args, **kwargs)
+        assert self.answers is not None
+        before = len(self.answers)
+        output = own(*args, **kwargs)
+        if self.recording:  # the whole part ended before the operation: it answers for its own parts
+            self.answers[before:] = [(part, output)]
+        return output
+
+
+@contextmanager
+def replayed(module: Callable[..., Any], first: QuantOp) -> Iterator[Replay]:
+    """A :class:`Replay`; inside, the parts of the module (of a function: none) are under its control."""
+    replay = Replay(module, first)
+    named = dict(module.named_modules()) if isinstance(module, nn.Module) else {}
+    ops = tuple(f'{name}.' for name, part in named.items() if isinstance(part, QuantOp))
+    parts = [part for name, part in named.items() if part is not module and not name.startswith(ops)]
+    before = [part.__dict__.get('forward') for part in parts]
+
+    def controlled(part: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: replay.answered(part, own, *args, **kwargs)
+
+    for part in parts:
+        part.forward = controlled(part, part.forward)  # type: ignore[method-assign]
+    try:
+        yield replay
+    finally:
+        for part, own in zip(parts, before, strict=True):
+            del part.forward
+            if own is not None:
+                part.forward = own  # type: ignore[method-assign]
