@@ -12,7 +12,7 @@ which stream over images. A search screens its candidates by M in the form ``F F
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -141,14 +141,16 @@ def screen(objective: Objective, rank: int) -> Screen:
             projection = torch.randn(columns, rank, generator=generator).to(factor)
             factor, target = factor @ projection, target @ projection
         return Screen(objective.values, factor, target, weights=objective.weights)
+    plain, dtype = objective, objective.values.dtype
+    # In float64: M is often so ill-conditioned (a few massive channels) that in float32 the best rows would be noise.
+    objective = replace(plain, values=plain.values.double(), root=plain.root.double(), residual=plain.residual.double())
     rank = min(rank, inner)
     basis = torch.randn(inner, rank, generator=generator).to(objective.root).expand(*objective.root.shape[:2], -1, -1)
     for _ in range(2):
         basis = torch.linalg.qr(objective.gram(basis)).Q
     image = objective.gram(basis)  # (.., inner, rank)
     core = basis.transpose(-1, -2) @ image
-    # In float64, since LAPACK does not converge on some small matrices of float32.
-    eigenvalues, vectors = (x.to(core.dtype) for x in torch.linalg.eigh((core + core.transpose(-1, -2)).double() / 2))
+    eigenvalues, vectors = torch.linalg.eigh((core + core.transpose(-1, -2)) / 2)
     floor = eigenvalues.amax(-1, keepdim=True).clamp(min=torch.finfo(core.dtype).tiny) * 1e-6
     factor = image @ vectors * eigenvalues.clamp(min=floor).rsqrt()[..., None, :] * (eigenvalues > floor)[..., None, :]
     diagonal = objective.diagonal()
@@ -160,7 +162,8 @@ def screen(objective: Objective, rank: int) -> Screen:
     start = objective.linear() / damped[..., None, :]
     step = start - torch.linalg.solve(small, (start @ factor).transpose(-1, -2)).transpose(-1, -2) @ scaled.transpose(-1, -2)
     best = objective.values - step
-    return Screen(objective.values, factor, best @ factor, rest, best)
+    target = best @ factor
+    return Screen(plain.values, factor.to(dtype), target.to(dtype), rest.to(dtype), best.to(dtype))
 
 
 def own_error(values: Tensor, weights: Tensor | None = None) -> Screen:

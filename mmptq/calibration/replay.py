@@ -58,7 +58,7 @@ def replayed(module: Callable[..., Any], first: QuantOp) -> Iterator[Replay]:
     """A :class:`Replay`; inside, the parts of the module (of a function: none) are under its control."""
     replay = Replay(module, first)
     named = dict(module.named_modules()) if isinstance(module, nn.Module) else {}
-    ops = tuple(f'{name}.' for name, part in named.items() if isinstance(part, QuantOp))
+    ops = tuple(f'{name}.' if name else '' for name, part in named.items() if isinstance(part, QuantOp))  # the module itself, perhaps
     parts = [part for name, part in named.items() if part is not module and not name.startswith(ops)]
     before = [part.__dict__.get('forward') for part in parts]
 

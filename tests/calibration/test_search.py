@@ -554,3 +554,29 @@ def test_the_error_is_that_of_the_literal_reference(ratio, bits):
     """Which scores every candidate of the published search by computing the layer on all tokens."""
     ratios = [ratio(seed, bits) for seed in range(6)]
     assert math.prod(ratios)**(1 / 6) <= 1.01 and max(ratios) <= (1.06 if ratio is gelu_ratio else 1.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('rank', [16, 64, 10**6])
+@pytest.mark.parametrize('form', ['gram', 'sample'])
+def test_weights_are_screened_well_where_tokens_are_few_and_one_direction_is_massive(form, rank):
+    """M has no inverse then, and eigenvalues of many sizes: in float32 the screen's best rows would be noise."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 300, generator=generator).clamp(min=-0.17) * 0.1
+    x += 12 * torch.rand(300, generator=generator)**4 * (torch.randn(60, 1, generator=generator) * 0.05 + 1)
+    weight = torch.randn(20, 300, generator=generator) * 0.05
+    op = equip(QuantLinear(300, 20, bias=False), input=covering(x * 0.9, 3), weight=UniformQuantizer(4, axis=-2))
+    op.weight.copy_(weight)
+    rounded, gram = op.input_quantizer(x), Gram()
+    gram.add(rounded[None], (rounded - x)[None])
+
+    def error(quantizer):
+        return float((rounded @ quantizer(weight).t() - x @ weight.t()).square().sum())
+
+    exact, best = [gram.objective(weight[None], 20)], UniformQuantizer(4, axis=-2)
+    best.set(**{name: value[:, None] for name, value in fpcs(best, weight, exact, [exact], plan()).items()})
+    if form == 'gram':
+        search_weight(op, gram, [(x,)], plan(rank=rank))
+    else:
+        search(op, 'weight', [(x,)], plan(rank=rank))
+    assert error(op.weight_quantizer) < 1.05 * error(best)
