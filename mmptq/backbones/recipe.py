@@ -1,6 +1,7 @@
 """A recipe: which quantizer at which site, at how many bits, with parameters chosen by which method."""
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -21,8 +22,15 @@ GRANULARITIES: dict[str, tuple[str, ...]] = {
 """Options of a recipe's quantizer, and the sites whose tensors have such an axis."""
 
 
-RESCALED = ('post_norm', 'post_attention', 'post_gelu', 'linear')
-"""Sites whose quantizer may have the option ``rescale``, the name of a class of :data:`mmptq.layers.RESCALES`."""
+RESCALED: dict[str, tuple[str, ...]] = {
+    'per_channel': ('post_norm', 'post_attention', 'post_gelu', 'linear'),
+    'gelu': ('post_gelu',),
+}
+"""Values of the option ``rescale`` (names of :data:`mmptq.layers.RESCALES`), and the sites whose quantizer may have it."""
+
+
+NAME = re.compile(r'[A-Za-z0-9_.+-]+')
+"""What a recipe may be called: the name is part of a folder's."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,13 @@ class Recipe:
         """Checks a recipe as a config has it.
 
         Raises:
-            QuantizationError: If a key, site, type or number of bits is unknown, naming it.
+            QuantizationError: If a key, site, type or number of bits is unknown, or a quantizer does not fit its site, naming it.
         """
         _require_dict(recipe, 'it')
         if not isinstance(recipe.get('name', ''), str):
             raise QuantizationError(f'recipe: name is to be text, not {recipe["name"]!r}')
+        if not NAME.fullmatch(recipe.get('name', 'unnamed')):
+            raise QuantizationError(f'recipe: name is part of a folder: letters, digits and _ . + - only, not {recipe["name"]!r}')
         unknown = set(recipe) - {'name', 'bits', 'quantizers', 'method'}
         missing = {'bits', 'quantizers', 'method'} - set(recipe)
         if unknown or missing:
@@ -97,15 +107,25 @@ class Recipe:
         """A quantizer for a site; ``weight_axis`` is the axis of output channels where the tensor is a weight."""
         options = {'bits': self.bits.at(site), **self.quantizers[site]}
         rescale = options.pop('rescale', None)
-        if rescale is not None and (site not in RESCALED or not isinstance(rescale, str) or rescale not in RESCALES):
-            raise QuantizationError(f'recipe: rescale is one of {", ".join(RESCALES)}, for {", ".join(RESCALED)}; not {rescale!r} for site '
-                                    f'{site}')
+        if rescale is not None and (not isinstance(rescale, str) or rescale not in RESCALED):
+            raise QuantizationError(f'recipe: rescale is one of {", ".join(RESCALED)}, not {rescale!r} for site {site}')
+        if rescale is not None and site not in RESCALED[rescale]:
+            raise QuantizationError(f'recipe: rescale={rescale!r} is for {", ".join(RESCALED[rescale])}, not for site {site}')
+        if 'axis' in options:
+            raise QuantizationError(f'recipe: quantizer of site {site}: axis follows from per_channel or per_head, a recipe has none')
         for granularity, sites in GRANULARITIES.items():
-            if options.pop(granularity, False):
+            wanted = options.pop(granularity, False)
+            if not isinstance(wanted, bool):
+                raise QuantizationError(f'recipe: {granularity} of site {site} must be True or False, not {wanted!r}')
+            if wanted:
                 if site not in sites:
                     raise QuantizationError(f'recipe: {granularity} is for {", ".join(sites)}, not for site {site}')
                 options['axis'] = weight_axis if site == 'weight' else -3
-        return _build(QUANTIZERS, options, f'quantizer of site {site}')
+        quantizer: Quantizer = _build(QUANTIZERS, options, f'quantizer of site {site}')
+        misfit = _misfit(quantizer, site, rescale)
+        if misfit:
+            raise QuantizationError(f'recipe: quantizer of site {site}: {type(quantizer).__name__} {misfit}')
+        return quantizer
 
     def build_method(self) -> Method:
         """The method that chooses the parameters."""
@@ -123,6 +143,17 @@ class Recipe:
 def _require_dict(value: Any, what: str) -> None:
     if not isinstance(value, Mapping):
         raise QuantizationError(f'recipe: {what} is to be a dict, not {value!r}')
+
+
+def _misfit(quantizer: Quantizer, site: str, rescale: str | None) -> str | None:
+    """Why a quantizer is not for a site's values, if it is not."""
+    if rescale == 'per_channel' and not (quantizer.uniform and quantizer.param_names == ('scale', 'zero_point')):
+        return "has no scale and zero point to share, as rescale='per_channel' needs them; use UniformQuantizer"
+    if quantizer.dynamic and site != 'post_softmax':
+        return 'is for rows of probabilities, that is post_softmax'
+    if not quantizer.signed and site not in ('post_softmax', 'post_gelu'):  # GELU's negative values are few and small
+        return 'is for values that are hardly ever negative: post_softmax and post_gelu'
+    return None
 
 
 def _build(registry: Registry, options: dict[str, Any], what: str) -> Any:

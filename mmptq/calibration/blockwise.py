@@ -57,11 +57,12 @@ def calibrate(module: nn.Module, names: list[str], inputs: list[Call], method: M
         The results, in forward order.
 
     Raises:
-        QuantizationError: If there are no inputs, or a weight or activation is not finite, naming the layer.
+        QuantizationError: If there are no inputs, a weight or activation is not finite, or two blocks share a layer, naming the layer.
     """
     if not inputs:
         raise QuantizationError('the calibration set is empty')
     check_weights(module)
+    refuse_shared(module, names)
     results = []
     stream = Stream(module, names, inputs)
     prefix = Stream(module, names, inputs) if method.propagate_error else None
@@ -99,10 +100,25 @@ def calibrate_block(block: Block, method: Method, done: BlockResult | None = Non
 
 
 def check_weights(module: nn.Module) -> None:
-    """Raises QuantizationError if a parameter or buffer of the module is not finite, naming it."""
+    """Raises QuantizationError if a parameter of the module is not float32 or float64, or one or a buffer not finite, naming it."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.element_size() < 4:
+            raise QuantizationError(f'{name} is in {str(parameter.dtype).removeprefix("torch.")}; calibrate in float32 (model.float())')
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if not bool(torch.isfinite(tensor).all()):
             raise QuantizationError(f'{name} holds values that are NaN or infinite; the checkpoint is broken')
+
+
+def refuse_shared(module: nn.Module, names: list[str]) -> None:
+    """Raises QuantizationError if an operation or its weight is in two of the blocks, naming both: the later one would undo the first."""
+    owners: dict[nn.Module | Tensor, tuple[str, str]] = {}
+    for block in names:
+        for name, op in operations(module.get_submodule(block), f'{block}.').items():
+            for part in (op, op.get_parameter('weight')) if 'weight' in op.roles else (op,):
+                owner, first = owners.setdefault(part, (block, name))
+                if owner != block:
+                    raise QuantizationError(f'{first} and {name} are one layer, or share their weight, in two blocks; blocks are '
+                                            'calibrated one after another, so give each a copy of its own')
 
 
 @torch.no_grad()

@@ -93,7 +93,7 @@ class Block:
             The outputs of the float model.
 
         Raises:
-            QuantizationError: If an activation is not finite, naming the operation, or an operation does not run.
+            QuantizationError: If an activation or output is not finite, naming the operation, or an operation does not run.
         """
         generator = torch.Generator().manual_seed(self.seed)
         rows_a_call = -(-rows // max(len(self.calls), 1))
@@ -104,8 +104,6 @@ class Block:
             if not all(float(torch.linalg.vector_norm(x)) < LARGEST for x in activations):
                 kind = 'too large to be squared' if all(bool(torch.isfinite(x).all()) for x in activations) else 'NaN or infinite'
                 raise QuantizationError(f'{name} receives activations that are {kind}; check the checkpoint and the calibration images')
-            if not all(x.numel() for x in activations):
-                return
             places = op.places(activations, rows_a_call, generator)
             samples[name].append(tuple(x.clone() for x in op.take(activations, places)))
             if places.weights is not None:
@@ -121,6 +119,9 @@ class Block:
                                     'images (--calib-images, --calib-cfg)')
         self.samples = {name: merge(found) for name, found in samples.items()}
         self.weights = {name: torch.cat(found) for name, found in weights.items() if found}
+        for name, op in self.ops.items():
+            if not all(bool(torch.isfinite(op.compute(*op.operands(*sample)).square().sum())) for sample in self.samples[name]):
+                raise QuantizationError(f'{name} gives outputs too large to be squared; check the checkpoint')
         for name, op in self.ops.items():
             for index, quantizer in enumerate(op.quantizers().values()):
                 if quantizer.dynamic:
@@ -191,11 +192,13 @@ def in_float(ops: dict[str, QuantOp]) -> Iterator[None]:
 
 @contextmanager
 def listening(ops: dict[str, QuantOp], visit: Visitor) -> Iterator[None]:
-    """Inside, ``visit(name, op, activations)`` is called before an operation runs."""
+    """Inside, ``visit(name, op, activations)`` is called before an operation runs, unless they are empty."""
     def hook(name: str, op: QuantOp) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             with torch._C.DisableTorchFunction():  # products of its own are not those of the attention that it looks into
-                visit(name, op, op.activations(*inputs))
+                activations = op.activations(*inputs)
+                if all(x.numel() for x in activations):
+                    visit(name, op, activations)
         return before
 
     handles = [op.register_forward_pre_hook(hook(name, op)) for name, op in ops.items()]

@@ -39,6 +39,9 @@ LEAST = 0.01
 CELL = 0.45
 """How far from the value of its code a weight may be that rounds to it, in steps: half a step would be the edge."""
 
+BEYOND = 1000
+"""Learning rates are less: one so large is a slip, and some more let the logits overflow."""
+
 Patch = tuple[nn.Module, str, Callable[..., Tensor]]
 """A module, a method of it, and what stands in for that for a while."""
 
@@ -68,10 +71,11 @@ class AdaLogBRECQ(AdaLog):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, 'iterations', 'batch')
-        for name in ('weight_lr', 'scale_lr'):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f'{name} must be finite and not negative, not {getattr(self, name)}')
-        if not 0 <= self.warmup <= 1:
+        for name in ('weight_lr', 'scale_lr', 'warmup'):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < BEYOND:
+                raise ValueError(f'{name} must be a number from 0 to less than {BEYOND}, not {value!r}')
+        if self.warmup > 1:
             raise ValueError(f'warmup is a part, from 0 to 1, not {self.warmup}')
 
     def calibrate(self, block: Block) -> list[Any]:

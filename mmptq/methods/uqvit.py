@@ -191,7 +191,8 @@ def weight_params(quantizer: Quantizer, weight: Tensor) -> Params:
 def column_scales(op: QuantLinear) -> Tensor:
     """Scales of the weight's columns, (in,), up to a factor: symmetric ranges of least squared error, at the weight's bits."""
     columns = op.weight.t()
-    return least_error(UniformQuantizer(min(8, op.quantizer('weight').bits)), torch.cat([columns, -columns], 1))['scale']
+    scales = least_error(UniformQuantizer(min(8, op.quantizer('weight').bits)), torch.cat([columns, -columns], 1))['scale']
+    return scales.masked_fill((columns == 0).all(1), 0)
 
 
 def largest_magnitudes(quantizer: Quantizer, channels: Params, x: Tensor) -> Tensor:

@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Change, Grid, Params, Quantizer, around, beside, best_of, in_chunks
@@ -17,13 +19,13 @@ Q_RANGE = range(10, 138)
 """The numerators that are searched. q = 37 is log2; log-sqrt2 is q/R = 1/2, that is q = 18.5."""
 
 
-def encode_adalog(x: Tensor, scale: Tensor, q: Tensor, levels: int) -> Tensor:
-    """Codes ``k = round(-log2(clip(x/s, 0, 1)) r/q)``, cut at N, the code of exact zero. int32.
+def encode_adalog(x: Tensor, scale: Tensor, q: Tensor, levels: int, strict: bool) -> Tensor:
+    """Codes ``k = round(-log2(clip(x/s, 0, 1)) r/q)``, cut at N, the code of exact zero (``strict``: at N - 1); N + 1 for NaN. int32.
 
     The paper clips at 1e-15, so that zero becomes ``2^-49.8 s`` where the codes reach that far (8 bits); here it stays zero.
     """
     k = (x / scale).clamp_(0, 1).log2_().mul_(-R / q).round_()
-    return k.clamp_(max=levels).int()
+    return k.clamp_(max=levels - strict).nan_to_num_(nan=levels + 1).int()
 
 
 def decode_table(q: Tensor, levels: int) -> tuple[Tensor, Tensor, int]:
@@ -46,7 +48,7 @@ def decode_table(q: Tensor, levels: int) -> tuple[Tensor, Tensor, int]:
 
 
 def decode_values(scale: Tensor, q: Tensor, levels: int, strict: bool) -> Tensor:
-    """The value of every code, (..., N + 1) in the scale's dtype: N values and a zero (``strict``: N - 1 values and zeros)."""
+    """The value of every code but NaN's, (..., N + 1) in the scale's dtype: N values and a zero (``strict``: N - 1 values and zeros)."""
     shift, mantissa, largest = decode_table(q, levels)
     values = scale.to(torch.float64)[..., None] * torch.exp2(-shift) * mantissa / largest
     values = torch.cat([values, torch.zeros_like(values[..., :1])], -1)
@@ -59,23 +61,31 @@ class AdaLogQuantizer(Quantizer):
     """Logarithmic quantization with base ``2^(q/37)`` of values in ``[0, scale]``.
 
     Codes at or beyond N are zero, so there are N + 1 levels; ``strict`` makes the last code zero and keeps to N levels,
-    as b bits hold. Log2 is ``q=37``, log-sqrt2 ``q=18.5``.
+    as b bits hold. Log2 is ``q=37``, log-sqrt2 ``q=18.5``. NaN stays NaN.
 
     Args:
         bits: Width of a code, 2 to 8.
         strict: Exactly 2^bits levels, zero among them.
         fixed_scale: The scale, if it is known (1 for probabilities); not searched then.
-        fixed_q: The base's numerator, if it is not to be adapted.
+        fixed_q: The base's numerator, 1 to 1000, if it is not to be adapted.
 
     Parameters: ``scale`` (float, shape ()) and ``q`` (float, shape ()).
+
+    Raises:
+        ValueError: If an option is of another type or out of range, naming it.
     """
 
     param_names = ('scale', 'q')
+    signed: ClassVar[bool] = False
     scale: Tensor | None
     q: Tensor | None
 
     def __init__(self, bits: int, strict: bool = False, fixed_scale: float | None = None, fixed_q: float | None = None) -> None:
         super().__init__(bits)
+        if not isinstance(strict, bool):
+            raise ValueError(f'strict must be True or False, not {strict!r}')
+        _require_within('fixed_scale', fixed_scale, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+        _require_within('fixed_q', fixed_q, 1, 1000)
         self.strict = strict
         self.fixed_scale = fixed_scale
         self.fixed_q = fixed_q
@@ -91,22 +101,26 @@ class AdaLogQuantizer(Quantizer):
         return math.log2(self.zero_code + 1)
 
     def encode(self, x: Tensor, scale: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
-        return encode_adalog(x, scale, q, self.zero_code).to(torch.int16)
+        return encode_adalog(x, scale, q, self.levels, self.strict).to(torch.int16)
 
     def decode(self, codes: Tensor, scale: Tensor, q: Tensor) -> Tensor:  # type: ignore[override]
-        return decode_values(scale, q, self.levels, self.strict).index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        return self._table(scale, q).index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, q: Tensor, before: Change | None = None) -> Tensor:  # type: ignore[override]
-        values = decode_values(scale, q, self.levels, self.strict)
+        values = self._table(scale, q)
 
         def chain(piece: Tensor, out: Tensor) -> None:
-            codes = encode_adalog(piece, scale, q, self.zero_code)
+            codes = encode_adalog(piece, scale, q, self.levels, self.strict)
             if out.is_contiguous() and codes.is_contiguous() and out.dtype == values.dtype:
                 torch.index_select(values, 0, codes.view(-1), out=out.view(-1))
             else:
                 out.copy_(values[codes])
 
         return in_chunks(chain, x, before=before)
+
+    def _table(self, scale: Tensor, q: Tensor) -> Tensor:
+        """The value of every code, NaN's the last, (N + 2,)."""
+        return F.pad(decode_values(scale, q, self.levels, self.strict), (0, 1), value=math.nan)
 
     def rounder(self, x: Tensor) -> Callable[..., Tensor]:
         logarithm = x.clamp(min=0).log2_()[:, :, None]  # once for all candidates
@@ -158,3 +172,8 @@ class AdaLogQuantizer(Quantizer):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (', strict' if self.strict else '')
+
+
+def _require_within(name: str, value: object, least: float, most: float) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most):
+        raise ValueError(f'{name} must be a number from {least:g} to {most:g}, not {value!r}')

@@ -134,6 +134,8 @@ class Quantizer(Calibrated):
 
     uniform: ClassVar[bool] = False
     """Whether codes are multiples of a step, so that integers can multiply them."""
+    signed: ClassVar[bool] = True
+    """Whether values below zero have codes of their own; if not, a recipe may name it only where there are hardly any."""
     dynamic: ClassVar[bool] = False
     """Whether ranges come from each tensor itself, so that there is nothing to search; parameters are from :meth:`observed`."""
 

@@ -51,6 +51,7 @@ class DeMaxQuantizer(Quantizer):
 
     param_names = ('length',)
     dynamic: ClassVar[bool] = True
+    signed: ClassVar[bool] = False
     uniform: ClassVar[bool] = True
     length: Tensor | None
 
@@ -94,16 +95,18 @@ class DeMaxQuantizer(Quantizer):
             side = self._codes(piece, out)
             out.mul_(side.step).scatter_(-1, side.position, side.maximum)
 
-        return in_chunks(chain, x, before=before)
+        return in_chunks(chain, x, split=x.ndim > 1, before=before)
 
     def _codes(self, x: Tensor, out: Tensor) -> Side:
         """Writes the codes into ``out``."""
         out.copy_(x)
-        taken = []
+        taken, gone = [], -1 if self.maxima > 1 else 0  # below all others, so that no place is taken twice
         for _ in range(min(self.maxima, x.shape[-1])):
             maximum, position = out.max(-1, keepdim=True)
-            out.scatter_(-1, position, 0)
+            out.scatter_(-1, position, gone)
             taken.append((maximum, position))
+        if gone:
+            out.clamp_(min=0)
         step = out.amax(-1, keepdim=True).clamp_(min=0) / (self.levels - 1)
         maxima, positions = (torch.cat(parts, -1) for parts in zip(*taken, strict=True))
         if self.side != 'float32':

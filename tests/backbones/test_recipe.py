@@ -147,7 +147,22 @@ def test_a_site_that_is_not_quantized():
     (('quantizers', 'query', 'type'), None, ['site query', 'unknown type None']),
     (('quantizers', 'query', 'shiftt'), 0.1, ['site query', 'shiftt']),
     (('quantizers', 'post_softmax', 'per_head'), True, ['site post_softmax', 'axis']),
+    *((('quantizers', site, 'axis'), axis, [f'site {site}', 'axis', 'per_channel'])
+      for site, axis in (('weight', -1), ('query', -3), ('post_norm', 0))),
+    *((('quantizers', site, option), value, [f'site {site}', option, 'True or False', repr(value)])
+      for site, option in (('weight', 'per_channel'), ('query', 'per_head'), ('post_norm', 'per_head')) for value in (1, 0, 'yes', [True])),
     (('quantizers', 'image', 'rescale'), 'per_channel', ['rescale', 'site image', 'post_norm']),
+    *((('quantizers', site, 'rescale'), 'gelu', ["rescale='gelu'", 'for post_gelu', f'site {site}'])
+      for site in ('post_norm', 'post_attention', 'linear', 'query')),
+    *((('quantizers', site), dict(type=kind, rescale='per_channel'), [f'site {site}', kind, "rescale='per_channel'"])
+      for site in ('post_norm', 'post_gelu') for kind in ('AdaLogQuantizer', 'DeMaxQuantizer', 'Float')),
+    *((('quantizers', site), dict(type='AdaLogQuantizer'), [f'site {site}', 'AdaLogQuantizer', 'hardly ever negative'])
+      for site in SITES if site not in ('post_softmax', 'post_gelu')),
+    *((('quantizers', site), dict(type='DeMaxQuantizer'), [f'site {site}', 'DeMaxQuantizer', 'post_softmax'])
+      for site in SITES if site != 'post_softmax'),
+    (('quantizers', 'post_gelu'), dict(type='DeMaxQuantizer', rescale='gelu'), ['site post_gelu', 'DeMaxQuantizer', 'post_softmax']),
+    (('quantizers', 'post_softmax', 'fixed_scale'), -1.0, ['site post_softmax', 'fixed_scale', '-1.0']),
+    (('quantizers', 'post_gelu', 'fixed_q'), '37', ['site post_gelu', 'fixed_q', "'37'"]),
     (('quantizers', 'weight', 'rescale'), 'gelu', ['rescale', 'site weight']),
     (('quantizers', 'query', 'rescale'), 'per_channel', ['rescale', 'site query']),
     (('quantizers', 'post_norm', 'rescale'), 'per_tensor', ['rescale', "'per_tensor'", 'per_channel, gelu', 'site post_norm']),
@@ -163,6 +178,27 @@ def test_errors_name_the_thing(path, value, named):
         Recipe.from_dict(changed(path, value))
     for text in named:
         assert text in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['a/b', '../up', 'a\\b', 'a\0b', 'a b', 'a\n', '', 'ä', 'a:b', '$HOME'])
+def test_names_that_are_no_part_of_a_folder_are_refused(name):
+    with pytest.raises(QuantizationError) as error:
+        Recipe.from_dict(changed(('name',), name))
+    assert 'recipe: name' in str(error.value) and repr(name) in str(error.value)
+
+
+def test_names_of_folders():
+    assert Recipe.from_dict(changed(('name',), 'My_recipe-4.5+x')).name == 'My_recipe-4.5+x'
+    assert Recipe.from_dict(changed(('name',), None)).name == 'unnamed'
+
+
+@pytest.mark.parametrize(('site', 'options'), [
+    ('post_gelu', dict(type='AdaLogQuantizer', rescale='gelu')), ('post_gelu', dict(type='UniformQuantizer', rescale='gelu')),
+    ('post_softmax', dict(type='AdaLogQuantizer')), ('post_softmax', dict(type='DeMaxQuantizer')),
+    ('post_softmax', dict(type='UniformQuantizer', per_head=True)), ('weight', dict(type='UniformQuantizer', per_channel=False)),
+    ('post_norm', dict(type='Float'))], ids=str)
+def test_quantizers_that_fit_their_site(site, options):
+    assert type(Recipe.from_dict(changed(('quantizers', site), options)).build_quantizer(site, -2)).__name__ == options['type']
 
 
 @pytest.mark.parametrize(('path', 'value', 'named'), [

@@ -144,8 +144,7 @@ def test_a_method_without_reparameterisation_on_a_recipe_with_one(family):
     raw = {**load_recipe('adalog_w4a4'), 'method': dict(type='MinMax')}
     with pytest.raises(QuantizationError, match='MinMax does not rescale'):
         build_in(scope, dict(type='mmptq.QuantBackbone', backbone=cfg, recipe=raw))
-    for options in raw['quantizers'].values():
-        options.pop('rescale', None)
+    raw['quantizers'].update(post_norm=dict(type='UniformQuantizer'), post_gelu=dict(type='UniformQuantizer'))
     backbone = randomized(build_in(scope, dict(type='mmptq.QuantBackbone', backbone=cfg, recipe=raw)))
     calibrate(backbone, names_of(backbone), inputs(), MinMax())
     assert is_calibrated(backbone)
@@ -231,6 +230,38 @@ def test_a_weight_that_is_not_finite_is_named(family, bad):
     with pytest.raises(QuantizationError, match=name.replace('.', r'\.')):
         calibrate(backbone, names_of(backbone), inputs(), MinMax())
     assert all(quantizer.params is None for quantizer in quantizers_of(backbone).values())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_model_in_half_precision_is_refused(family, dtype):
+    backbone = quantizable(*family).to(dtype)
+    first = next(name for name, _ in backbone.named_parameters())
+    with pytest.raises(QuantizationError, match=rf'^{first} is in {dtype}; calibrate in float32'.replace('torch.', '').replace('.', r'\.')):
+        calibrate(backbone, names_of(backbone), inputs(), MinMax())
+    backbone = quantizable(*family)
+    backbone.get_submodule(names_of(backbone)[1]).to(dtype)
+    with pytest.raises(QuantizationError, match=names_of(backbone)[1].replace('.', r'\.')):
+        calibrate(backbone, names_of(backbone), inputs(), MinMax())
+
+
+@pytest.mark.parametrize('shared', ['layer', 'weight'])
+def test_blocks_that_share_a_layer_or_a_weight_are_refused(shared):
+    module = Toy()
+    module.first, module.second = nn.Sequential(module.first), nn.Sequential(module.second)
+    if shared == 'layer':
+        module.second[0] = module.first[0]
+    else:
+        module.second[0].weight = module.first[0].weight
+    with pytest.raises(QuantizationError, match=r'first\.0 and second\.0 '):
+        calibrate(module, ['first', 'second'], toy_calls(), MinMax(), on_calls=lambda block: pytest.fail('work was done'))
+    assert all(quantizer.params is None for quantizer in quantizers_of(module).values())
+
+
+def test_a_layer_that_one_block_runs_twice_is_calibrated():
+    module = Toy()
+    module.first = nn.Sequential(module.first, nn.ReLU(), module.first)
+    calibrate(module, ['first', 'second'], toy_calls(), MinMax())
+    assert is_calibrated(module)
 
 
 def test_an_image_that_is_not_finite_names_the_layer(family):

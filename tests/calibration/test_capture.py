@@ -468,3 +468,11 @@ def test_products_are_sampled_with_both_operands():
     block.observe(20)
     left, right = block.samples['pv'][0]
     assert left.shape == (4, 2, 5, 5) and right.shape == (4, 2, 5, 4) and 'pv' not in block.weights
+
+
+def test_sums_pass_over_empty_activations():
+    block, whole = two_layers(calls=2), two_layers(calls=2)
+    block.calls.insert(1, Call((torch.zeros(0, 4),)))
+    for name, gram in block.grams().items():
+        parts = [one.objective(torch.eye(4)[None], 1) for one in (gram, whole.grams()[name])]
+        assert torch.equal(parts[0].root, parts[1].root) and torch.equal(parts[0].linear(), parts[1].linear())

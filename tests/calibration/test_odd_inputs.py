@@ -329,3 +329,19 @@ def test_products_that_overflow_name_the_layer():
     module = nn.Sequential(first, second)
     with pytest.raises(QuantizationError, match=r'^1 receives activations'):
         AdaLog(**FAST).calibrate(Block('block', module, [Call((torch.full((5, 4), 10.0),))], operations(module)))
+
+
+@pytest.mark.parametrize('method', [AdaLog(**FAST), MinMax()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(('kind', 'factor'), [('linear', 1e19), ('linear', 3e38), ('patch embedding', 1e19), ('convolution', 3e38),
+                                              ('queries and keys', 1e11)])
+@torch.no_grad()
+def test_outputs_whose_squares_overflow_name_the_layer(kind, factor, method):
+    """Weights and activations are finite, and activations can be squared, but not what the operation gives."""
+    op, calls = OPS[kind](), inputs_of(kind, 'positive')
+    if kind == 'queries and keys':
+        calls = [Call(tuple(factor * x for x in call.args)) for call in calls]
+    else:
+        op.weight.clamp_(-1, 1).mul_(factor)
+    with pytest.raises(QuantizationError, match=r'^layer gives outputs too large to be squared'):
+        method.calibrate(Block('layer', op, calls, {'layer': op}))
+    assert all(quantizer.params is None for quantizer in op.quantizers().values())

@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.brute_force import search_reparam
 from mmptq.calibration import Block, Call, calibrate, fpcs, operations
 from mmptq.calibration.channels import Channels
-from mmptq.layers import GeluShift, QuantLinear, Rescale, per_channel_rescale
+from mmptq.layers import GeluShift, QuantLinear, Rescale, largest_rescale, per_channel_rescale
 from mmptq.layers.rescale import GELU_MINIMUM, SMALLEST
 from mmptq.methods import AdaLog
 from mmptq.quantizers import UniformQuantizer
@@ -97,6 +97,146 @@ def test_r_is_not_so_small_that_it_blows_up_what_calibration_did_not_see():
     params = {'scale': torch.tensor([1e-12, 1.0, 1.0]), 'zero_point': torch.tensor([5, 5, 5], dtype=torch.int32)}
     r, b = per_channel_rescale(params, torch.zeros(3, dtype=torch.bool))
     assert r[0] == pytest.approx(SMALLEST) and torch.isfinite(b).all()
+
+
+# NormQuant: some of the difference between channels is left to the weight.
+
+ALPHAS = (0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+def oracle_normquant(scale, zero_point, alpha, columns):
+    """r and b, methods.md: r = (s / S)^(1 - alpha) / w^alpha, b = lo / r - LO, with w the columns' scales over their mean."""
+    scale, zero_point, columns = (np.asarray(x, np.float64) for x in (scale, zero_point, columns))
+    mean_scale, mean_zero = scale.mean(), np.rint(zero_point.mean())
+    r = (scale / mean_scale)**(1 - alpha) / (columns / columns.mean())**alpha
+    return r, -zero_point * scale / r + mean_zero * mean_scale
+
+
+def oracle_largest(largest, alpha, columns):
+    """r, methods.md: C = mean c, c <- max(c, C), r = max(1, (c / C)^(1 - alpha) / w^alpha)."""
+    largest, columns = np.asarray(largest, np.float64), np.asarray(columns, np.float64)
+    ratio = np.maximum(largest, largest.mean()) / largest.mean()
+    return np.maximum(1, ratio**(1 - alpha) / (columns / columns.mean())**alpha)
+
+
+def ranges(count, seed=0):
+    """Of channels, and the scales of the weight's columns."""
+    generator = torch.Generator().manual_seed(seed)
+    scale, columns = (torch.exp(torch.randn(count, generator=generator)) for _ in range(2))
+    return {'scale': scale, 'zero_point': torch.randint(0, 16, (count,), generator=generator).int()}, columns
+
+
+def none(count):
+    return torch.zeros(count, dtype=torch.bool)
+
+
+def test_normquant_by_hand():
+    params = {'scale': torch.tensor([0.1, 0.9, 0.2]), 'zero_point': torch.tensor([2, 5, 8], dtype=torch.int32)}
+    r, b = per_channel_rescale(params, none(3), 0.5, torch.tensor([2.0, 8, 2]))  # S = 0.4, Z = 5, w = 1/2, 2, 1/2
+    expected = np.array([(0.25 / 0.5)**0.5, (2.25 / 2)**0.5, (0.5 / 0.5)**0.5])
+    np.testing.assert_allclose(r.numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(b.numpy(), np.array([-0.2, -4.5, -1.6]) / expected + 2, rtol=1e-5)
+
+
+@channels
+def test_r_and_b_of_normquant_are_those_of_the_equation(scale, seed):
+    rng = np.random.default_rng(seed)
+    zero_point, columns = rng.integers(0, 16, len(scale)), np.float32(rng.uniform(0.01, 4, len(scale)))
+    for alpha in ALPHAS:
+        r, b = per_channel_rescale({'scale': torch.tensor(scale), 'zero_point': torch.from_numpy(zero_point).int()}, none(len(scale)),
+                                   alpha, torch.from_numpy(columns))
+        expected = oracle_normquant(np.float32(scale), zero_point, alpha, columns)
+        np.testing.assert_allclose(r.numpy(), expected[0], rtol=1e-5)
+        np.testing.assert_allclose(b.numpy(), expected[1], rtol=1e-4, atol=1e-5 * (np.abs(expected[1]).max() + 16 * np.mean(scale)))
+
+
+@channels
+def test_without_alpha_the_weight_has_no_say(scale, seed):
+    params = {'scale': torch.tensor(scale), 'zero_point': torch.randint(0, 16, (len(scale),)).int()}
+    zero = torch.rand(len(scale), generator=torch.Generator().manual_seed(seed)) < 0.2
+    expected = per_channel_rescale(params, zero)
+    for options in ((0.0, torch.rand(len(scale))), (0, torch.zeros(len(scale))), (0.0, None), (0.3, None)):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(per_channel_rescale(params, zero, *options), expected, strict=True))
+
+
+def test_the_scale_of_the_columns_does_not_matter():
+    params, columns = ranges(9)
+    for alpha in ALPHAS:
+        for other in (8 * columns, columns / 1024):
+            ours, theirs = ((*per_channel_rescale(params, none(9), alpha, each), largest_rescale(params['scale'], alpha, each))
+                            for each in (other, columns))
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('alpha', [0, *ALPHAS])
+def test_channels_that_are_always_zero_keep_their_scale(alpha):
+    params, columns = ranges(9)
+    zero = torch.tensor([False, True, False, False, True, False, False, False, False])
+    r, b = per_channel_rescale(params, zero, alpha, columns)
+    assert (r[zero] == 1).all() and (b[zero].abs() <= 1e-6).all()
+    s, z, w = (x.double().numpy() for x in (*params.values(), columns))
+    mean_scale, mean_zero = s[~zero].mean(), np.rint(z[~zero].mean())
+    expected = (s / mean_scale)**(1 - alpha) / (w / w.mean())**alpha
+    np.testing.assert_allclose(r.numpy()[~zero], expected[~zero], rtol=1e-5)
+    np.testing.assert_allclose(b.numpy()[~zero], (-z * s / expected + mean_zero * mean_scale)[~zero], rtol=1e-4, atol=1e-5)
+    r, b = per_channel_rescale(params, torch.ones(9, dtype=torch.bool), alpha, columns)
+    assert (r == 1).all() and (b == 0).all()
+
+
+@pytest.mark.parametrize('alpha', [0, *ALPHAS])
+@pytest.mark.parametrize('columns', [[0.0, 1, 2], [0.0, 0, 1], [0.0, 0, 0], [1e-38, 1, 1], [1e-42, 1e-42, 0], [1, 1, 1e6]], ids=str)
+def test_r_is_usable_whatever_the_channels_and_the_weight(columns, alpha):
+    columns = torch.tensor(columns)
+    for scale in ([1.0, 1, 1], [1e-12, 1, 1], [1e-30, 1e-30, 1e-30], [1e6, 1, 1e-6]):
+        params = {'scale': torch.tensor(scale), 'zero_point': torch.tensor([0, 15, 7], dtype=torch.int32)}
+        for result in (*per_channel_rescale(params, none(3), alpha, columns), largest_rescale(params['scale'], alpha, columns)):
+            assert torch.isfinite(result).all()
+        assert (per_channel_rescale(params, none(3), alpha, columns)[0] > 0).all()
+
+
+def test_the_largest_by_hand():
+    largest, columns = torch.tensor([1.0, 3, 8]), torch.tensor([1.0, 2, 3])  # C = 4, w = 1/2, 1, 3/2
+    assert largest_rescale(largest, 0, columns).tolist() == [1, 1, 2]
+    assert largest_rescale(largest, 0.5, columns).tolist() == pytest.approx([2**0.5, 1, (4 / 3)**0.5])
+    assert largest_rescale(largest, 1, columns).tolist() == [2, 1, 1]
+
+
+@given(largest=st.lists(st.floats(2**-10, 100, width=32), min_size=1, max_size=20), seed=st.integers(0, 1000))
+def test_r_of_the_largest_is_that_of_the_equation(largest, seed):
+    columns = np.float32(np.random.default_rng(seed).uniform(0.01, 4, len(largest)))
+    for alpha in (0, *ALPHAS):
+        r = largest_rescale(torch.tensor(largest), alpha, torch.from_numpy(columns))
+        np.testing.assert_allclose(r.numpy(), oracle_largest(np.float32(largest), alpha, columns), rtol=1e-5)
+        assert (r >= 1).all()
+
+
+@pytest.mark.parametrize('alpha', [0, *ALPHAS])
+def test_where_weights_are_alike_only_channels_above_the_average_change(alpha):
+    largest = torch.tensor([1.0, 2, 9, 0, 3])
+    r = largest_rescale(largest, alpha, torch.full((5,), 0.3))
+    assert r[[0, 1, 3, 4]].tolist() == pytest.approx([1] * 4, abs=1e-6) and r[2] == pytest.approx(3**(1 - alpha))
+
+
+@pytest.mark.parametrize('alpha', [0, *ALPHAS])
+def test_the_largest_of_inputs_of_zeros(alpha):
+    assert largest_rescale(torch.zeros(4), alpha, torch.tensor([1.0, 2, 0.1, 0])).tolist() == [1] * 4
+    largest = torch.tensor([0.0, 1, 2, 3])
+    r = largest_rescale(largest, alpha, torch.tensor([1e-3, 1, 1, 1]))
+    assert r[0] == 1 and torch.isfinite(r).all()
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('alpha', [0, *ALPHAS])
+def test_normquant_preserves_the_function(alpha, bias):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(9, 5, bias), torch.randn(2, 40, 9)
+    params, columns = ranges(9)
+    r = largest_rescale(params['scale'], alpha, columns)
+    for scale, shift in (per_channel_rescale(params, none(9), alpha, columns), (r, torch.zeros(9)), (r, torch.randn(9))):
+        op = equip(rescaled(layer, Rescale))
+        op.rescale.set(scale=scale, shift=shift)
+        assert not torch.allclose(op.rescale(x), x, atol=0.1)
+        assert (op(x) - layer(x)).abs().max() <= 1e-5 * layer(x).abs().max()
 
 
 # The layer.
@@ -348,6 +488,27 @@ def test_where_nothing_is_padded_folding_is_the_same(swins):
     plain, ours, official = swins
     x = image(224, 224)
     assert max(difference(ours, plain, x)) <= 1e-5 and max(difference(official, plain, x)) <= 1e-5
+
+
+@pytest.fixture(scope='module')
+def normquant(swins):
+    """The Swin with NormQuant at every linear layer: with shift after a norm, without it elsewhere."""
+    backbone = quantizable('mmdet', THIN)
+    backbone.load_state_dict(swins[0].state_dict())
+    for seed, op in enumerate(op for op in operations(backbone).values() if isinstance(op, QuantLinear)):
+        params, columns = ranges(op.in_features, seed)[0], op.weight.detach().abs().amax(0)
+        scale, shift = largest_rescale(params['scale'], 0.5, columns), torch.zeros(op.in_features)
+        if op.sites['input'] == 'post_norm':
+            scale, shift = per_channel_rescale(params, none(op.in_features), 0.25, columns)
+        op.rescale = Rescale()
+        op.rescale.set(scale=scale, shift=shift)
+    return backbone
+
+
+@pytest.mark.parametrize('size', [(509, 333), (100, 75), (224, 224)], ids=str)
+def test_normquant_preserves_the_function_of_padded_windows(swins, normquant, size):
+    x = image(*size)
+    assert max(difference(normquant, swins[0], x)) <= 1e-5
 
 
 def test_calibrated_rescales_preserve_the_function_at_other_sizes(swins):

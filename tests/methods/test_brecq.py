@@ -206,7 +206,8 @@ def spoil(block, targets, options):
 def test_what_is_not_better_is_taken_back(worse, monkeypatch):
     first, (block, method) = searched(toy()[0])[0], toy()
     if worse == 'diverged':
-        method = dataclasses.replace(method, scale_lr=1e37, iterations=20)
+        method = dataclasses.replace(method, iterations=20)
+        object.__setattr__(method, 'scale_lr', 1e37)  # more than may be asked for
     else:
         monkeypatch.setattr(brecq, 'reconstruct', {'spoilt': spoil, 'unfinished': lambda *args: spoil(*args) is None,
                                                    'equal': lambda *args: True}[worse])
@@ -594,7 +595,9 @@ def test_the_recipe_runs():
 
 
 @pytest.mark.parametrize(('option', 'value'), [('iterations', 0), ('batch', 0), ('weight_lr', -1e-3), ('scale_lr', math.nan),
-                                               ('weight_lr', math.inf), ('warmup', 1.5), ('warmup', -0.1), ('rounds', 0)])
+                                               ('weight_lr', math.inf), ('warmup', 1.5), ('warmup', -0.1), ('rounds', 0),
+                                               ('weight_lr', 1e3), ('scale_lr', 1e30), ('weight_lr', '1e-3'), ('scale_lr', True),
+                                               ('weight_lr', None), ('warmup', math.nan), ('warmup', True), ('warmup', '0.2')])
 def test_options_that_make_no_sense_are_refused(option, value):
     with pytest.raises(ValueError, match=option):
         AdaLogBRECQ(**{option: value})

@@ -100,6 +100,33 @@ def test_what_lies_beyond_the_last_code_is_zero(q, strict, last):
     assert quantizer(torch.tensor([inside, beyond])).tolist() == [adalog_values(4, q, 2.0)[last], 0]
 
 
+@pytest.mark.parametrize('strict', [False, True])
+@pytest.mark.parametrize('bits', [2, 4, 8])
+def test_nan_stays_nan_and_nothing_else_does(bits, strict):
+    quantizer = adalog(bits, 30, 2.0, strict=strict)
+    x = torch.tensor([[math.nan, 1.0], [0.0, math.nan], [math.inf, -math.inf]])
+    codes, others = quantizer.encode(x, **quantizer.params), ~x.isnan()
+    for values in (quantizer(x), quantizer.decode(codes, **quantizer.params)):
+        assert torch.equal(values.isnan(), x.isnan()) and torch.equal(values[others], quantizer(x[others]))
+    assert codes.dtype == torch.int16 and codes[others].max() == quantizer.zero_code
+
+
+@pytest.mark.parametrize(('option', 'value'), [
+    *[('fixed_q', value) for value in (0, 0.5, -37, 1001, 10**400, math.nan, math.inf, True, '37', [37])],
+    *[('fixed_scale', value) for value in (0, -1.0, 1e-42, 1e39, 10**400, math.nan, math.inf, True, '1')],
+    *[('strict', value) for value in (1, 0, None, 'yes')]])
+def test_options_that_make_no_sense_are_refused(option, value):
+    with pytest.raises(ValueError, match=option):
+        AdaLogQuantizer(4, **{option: value})
+
+
+@pytest.mark.parametrize('options', [dict(fixed_q=1), dict(fixed_q=1000), dict(fixed_scale=1.2e-38), dict(fixed_scale=3.4e38, strict=True)])
+def test_options_at_the_ends_are_usable(options):
+    quantizer = AdaLogQuantizer(8, **options)
+    quantizer.set(**quantizer.range_params(torch.tensor(0.0), torch.tensor(1.0)))
+    assert torch.isfinite(quantizer(torch.rand(50))).all()
+
+
 def test_values_outside_are_cut():
     quantizer = adalog(4, 30, 2.0)
     assert quantizer(torch.tensor([2.0, 2.5, 1e30, math.inf])).tolist() == [2] * 4
