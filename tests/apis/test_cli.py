@@ -44,6 +44,7 @@ def is_one_line(error, *parts):
     (['--softmax-bits', '4'], ['--method']),
     (['--w-bits', '4'], ['--method']),
     (['--method', 'minmax', '--recipe', 'minmax_w4a4'], ['not both']),
+    (['--recipe', 'adalog_w4a4', '--paper-protocol'], ['--paper-protocol', 'drop --calib-images']),
     (['--calib-images', '0'], ['empty']),
     (['--calib-images', '-3'], ['empty']),
     (['--seed', '-1'], ['seed -1']),

@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 
 from mmptq import QuantizationError
 from mmptq.apis import load_recipe, quantize
-from mmptq.engine.checkpoint import safe_loading
+from mmptq.engine.checkpoint import load_file, safe_loading
 from mmptq.quantizers import Quantizer
 
 from ..conftest import fast
@@ -200,6 +200,38 @@ def test_leak_needs_its_flag_and_is_logged_and_recorded(upernet, tmp_path, caplo
     summary = quantize(upernet.config, upernet.checkpoint, 'minmax_w8a8', cfg_options=FEW, calib_on_test=True, **settings)
     assert summary['calibration']['leak'] is True and summary['calibration']['split'] == 'test'
     assert 'leak' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+
+
+def test_the_paper_protocol_is_said_to_leak(task, tmp_path):
+    summary = quantize(task.config, task.checkpoint, 'uqvit_w4a4', work_dir=str(tmp_path), cfg_options=FEW, scope='model', as_in_paper=True,
+                       evaluate=False)
+    calibration, rows = summary['calibration'], {row['name']: row for row in summary['layers'] if row['bits']}
+    assert calibration['leak'] and calibration['images'] == 2 and not calibration['shuffle'] and calibration['split'] == 'test'
+    assert 'leak' in ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+    assert summary['recipe']['name'] == 'uqvit_w4a4_paper' and summary['scope'] == 'model'
+    assert all(row['bits']['input'] == 8 for row in rows.values() if row['kind'] == 'conv')
+    assert all(all(row['uniform'].values()) for row in rows.values())
+    fc2 = {name.removesuffix('.weight_quantizer.scale') for name in load_file(str(tmp_path / 'quantized.pth'))['state_dict']
+           if name.endswith('ffn.layers.1.weight_quantizer.scale')}
+    state = load_file(str(tmp_path / 'quantized.pth'))['state_dict']
+    assert fc2 and not any(f'{name}.rescale.scale' in state for name in fc2)
+
+
+def test_the_paper_protocol_is_uqvits_and_on_evaluation_images(upernet, tmp_path):
+    for recipe, options, part in (('adalog_w4a4', {}, 'uqvit_wXaY, not adalog_w4a4'),
+                                  ('uqvit_w4a4', dict(calib_cfg='any.py'), '--calib-cfg')):
+        with pytest.raises(QuantizationError, match=part):
+            quantize(upernet.config, upernet.checkpoint, recipe, work_dir=str(tmp_path), as_in_paper=True, **options)
+
+
+def test_the_first_images_where_nothing_is_drawn(upernet):
+    from mmengine.registry import init_default_scope
+
+    from mmptq.engine.data import build_calibration_set, calibration_dataset
+    init_default_scope('mmseg')
+    dataset = calibration_dataset(Config.fromfile(upernet.config), on_test=True)
+    first = build_calibration_set(dataset, 2, 0, [], True, shuffle=False)
+    assert first.indices == [0, 1] and first.leak
 
 
 def test_calibration_images_are_seeded_train_images_through_the_test_pipeline(upernet, tmp_path):
