@@ -1,8 +1,8 @@
 """The calls that a block really gets: a forward that is cut at the blocks and goes on from where it stopped."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,15 +179,23 @@ class Block:
 
 
 @contextmanager
-def in_float(ops: dict[str, QuantOp]) -> Iterator[None]:
-    """Inside, the operations compute what the float model does."""
-    for op in ops.values():
-        op.forward = op.float_forward  # type: ignore[method-assign]
+def with_forwards(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Inside, modules have other forwards."""
+    before = [(module, module.__dict__.get('forward')) for module, _ in forwards]
+    for module, forward in forwards:
+        module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for op in ops.values():
-            del op.forward
+        for module, own in before:
+            del module.forward
+            if own is not None:
+                module.forward = own  # type: ignore[method-assign]
+
+
+def in_float(ops: dict[str, QuantOp]) -> AbstractContextManager[None]:
+    """Inside, the operations compute what the float model does."""
+    return with_forwards([(op, op.float_forward) for op in ops.values()])
 
 
 @contextmanager
@@ -320,16 +328,8 @@ class Stream:
             raise _Reached
 
         forwards = [answer(number) for number in range(len(answers))] + [reach]
-        own = [block.__dict__.get('forward') for block in blocks]
-        for block, forward in zip(blocks, forwards, strict=True):
-            block.forward = forward  # type: ignore[method-assign]
-        try:
+        with with_forwards(list(zip(blocks, forwards, strict=True))):
             yield reached
-        finally:
-            for block, before in zip(blocks, own, strict=True):
-                del block.forward
-                if before is not None:
-                    block.forward = before  # type: ignore[method-assign]
 
 
 def _hollow(x: Any) -> Any:

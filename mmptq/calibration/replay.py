@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import QuantOp
+from .capture import with_forwards
 
 
 class Replay:
@@ -60,17 +61,9 @@ def replayed(module: Callable[..., Any], first: QuantOp) -> Iterator[Replay]:
     named = dict(module.named_modules()) if isinstance(module, nn.Module) else {}
     ops = tuple(f'{name}.' if name else '' for name, part in named.items() if isinstance(part, QuantOp))  # the module itself, perhaps
     parts = [part for name, part in named.items() if part is not module and not name.startswith(ops)]
-    before = [part.__dict__.get('forward') for part in parts]
 
     def controlled(part: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: replay.answered(part, own, *args, **kwargs)
 
-    for part in parts:
-        part.forward = controlled(part, part.forward)  # type: ignore[method-assign]
-    try:
+    with with_forwards([(part, controlled(part, part.forward)) for part in parts]):
         yield replay
-    finally:
-        for part, own in zip(parts, before, strict=True):
-            del part.forward
-            if own is not None:
-                part.forward = own  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
 """UQ-ViT (AAAI 2026): NormQuant's alphas and ranges, searched block by block. DeMax is in its quantizer."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ..calibration.capture import Block, Samples, in_float
+from ..calibration.capture import Block, Samples, in_float, with_forwards
 from ..calibration.ranges import least_error
 from ..calibration.replay import replayed
 from ..layers import GeluShift, QuantLinear, QuantMatMul, QuantOp, Rescale, largest_rescale, per_channel_rescale
@@ -63,7 +63,7 @@ class Candidate:
         for part, params in self.parts(op):
             for name, value in params.items():
                 setattr(part, name, value)
-        with answering(op.quantizer('weight'), lambda weight, before=None: self.rounded):
+        with with_forwards([(op.quantizer('weight'), lambda weight: self.rounded)]):
             yield
 
 
@@ -119,7 +119,7 @@ class UQViT:
             if isinstance(op, QuantLinear) and isinstance(op.rescale, Rescale):
                 candidates = self._candidates(op, block.samples[name][0][0], block.weights[name])
                 probabilities = [product.quantizer('left') for product in products if product.sites['left'] == 'post_softmax']
-                with in_float(floats), passing(probabilities):
+                with in_float(floats), with_forwards([(quantizer, as_it_is) for quantizer in probabilities]):
                     errors = output_errors(block, op, candidates, outputs, self.images)
                 candidates[int(errors.argmin())].settle(op)
         return outputs
@@ -202,23 +202,9 @@ def largest_magnitudes(quantizer: Quantizer, channels: Params, x: Tensor) -> Ten
     return x.abs().amax(0)
 
 
-@contextmanager
-def passing(quantizers: Sequence[Quantizer]) -> Iterator[None]:
-    """Inside, these quantizers leave tensors as they are."""
-    with ExitStack() as stack:
-        for quantizer in quantizers:
-            stack.enter_context(answering(quantizer, lambda x, before=None: before(x) if before else x))
-        yield
-
-
-@contextmanager
-def answering(quantizer: Quantizer, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside, a quantizer has another forward."""
-    quantizer.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del quantizer.forward  # type: ignore[misc]
+def as_it_is(x: Tensor) -> Tensor:
+    """The forward of a quantizer that is to leave its input alone."""
+    return x
 
 
 def _tensors(output: Any) -> list[Tensor]:
