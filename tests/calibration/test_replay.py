@@ -84,11 +84,6 @@ class Twice(nn.Module):
         self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
         self.inner[0] = QuantLinear.from_float(self.inner[0])
         self.inner[0].set_quantizers({}, {'input': nn.Identity(), 'weight': nn.Identity()})
-        self.count = 0
-        self.act.register_forward_hook(self.counted)
-
-    def counted(self, *_):
-        self.count += 1
 
     def forward(self, x):
         return self.act(self.inner(self.act(x)) + x)
@@ -106,6 +101,5 @@ def test_a_part_that_runs_before_and_after(given):
         for weight in (op.weight.clone(), torch.eye(4), torch.zeros(4, 4)):
             op.weight.copy_(weight)
             output = replay.run(x)
-            assert torch.equal(output, module.act(torch.tanh(torch.tanh(x) @ weight.t() + op.bias) + x)) or torch.allclose(
-                output, torch.tanh(torch.tanh(torch.tanh(x) @ weight.t() + op.bias) + x))
+            torch.testing.assert_close(output, torch.tanh(torch.tanh(torch.tanh(x) @ weight.t() + op.bias) + x))
     assert not torch.equal(output, expected)

@@ -15,7 +15,7 @@ from mmptq.layers import QuantLinear, QuantMatMul, Rescale
 from mmptq.methods import UQViT
 from mmptq.quantizers import AdaLogQuantizer, DeMaxQuantizer, UniformQuantizer, calibrated_parts
 
-from ..conftest import TwoProducts, equip, image, oracle_of, oracle_uniform, quantizable
+from ..conftest import VIT, equip, image, oracle_of, oracle_uniform, quantizable
 
 SMALL = dict(rows=64)
 
@@ -65,9 +65,9 @@ def test_the_replay_changes_nothing(family, monkeypatch):
 def test_everything_is_calibrated_and_uniform(family):
     backbone, results = calibrated(family)
     assert is_calibrated(backbone) and all(np.isfinite(value) for result in results for value in result.sqnr_db.values())
-    kinds = {name.rpartition('.')[2]: type(part) for name, part in calibrated_parts(backbone).items()}
+    kinds = {name.rpartition('.')[2]: type(part) for name, part in calibrated_parts(backbone).items() if not name.endswith('left_quantizer')}
     assert kinds == {'input_quantizer': UniformQuantizer, 'weight_quantizer': UniformQuantizer, 'rescale': Rescale,
-                     'left_quantizer': kinds['left_quantizer'], 'right_quantizer': UniformQuantizer}
+                     'right_quantizer': UniformQuantizer}
     lefts = {type(op.quantizer('left')) for op in operations(backbone).values() if isinstance(op, QuantMatMul)}
     assert lefts == {UniformQuantizer, DeMaxQuantizer}
     assert all(quantizer.uniform for op in operations(backbone).values() for quantizer in op.quantizers().values())
@@ -205,15 +205,6 @@ def test_r_is_finite_and_positive_whatever_comes(site, edge, weight):
 
 
 def test_masked_rows_and_single_entries_of_attention_are_exact():
-    class Masked(TwoProducts):
-        def forward(self, x):
-            q, k, v = self.split(x)
-            probabilities = (q @ k.transpose(-2, -1)).softmax(-1)
-            mask = torch.zeros(5, 5)
-            mask[1:3] = 1
-            mask[3, 2] = 1  # one entry; row 0 and 4: none
-            return (probabilities * mask) @ v
-
     op = equip(QuantMatMul(), left=DeMaxQuantizer(4), right=UniformQuantizer(4, axis=-3))
     op.sites = {'left': 'post_softmax', 'right': 'value'}
     scores = torch.randn(2, 2, 5, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
@@ -230,7 +221,6 @@ def test_masked_rows_and_single_entries_of_attention_are_exact():
 
 @pytest.mark.parametrize('name', ['uqvit_w3a3', 'uqvit_w8a8', 'uqvit_w4a4_fast', 'uqvit_w2a2'])
 def test_bits_and_recipes(name):
-    from ..conftest import VIT
     method = {key: value for key, value in load_recipe(name)['method'].items() if key != 'type'}
     backbone, _ = calibrated(('mmseg', VIT), name, UQViT(**{**method, 'rows': 64}))
     assert is_calibrated(backbone)
