@@ -65,7 +65,7 @@ def test_the_replay_changes_nothing(family, monkeypatch):
 def test_everything_is_calibrated_and_uniform(family):
     backbone, results = calibrated(family)
     assert is_calibrated(backbone) and all(np.isfinite(value) for result in results for value in result.sqnr_db.values())
-    kinds = {name.rpartition('.')[2]: type(part) for name, part in calibrated_parts(backbone).items() if not name.endswith('left_quantizer')}
+    kinds = {key.rpartition('.')[2]: type(part) for key, part in calibrated_parts(backbone).items() if not key.endswith('left_quantizer')}
     assert kinds == {'input_quantizer': UniformQuantizer, 'weight_quantizer': UniformQuantizer, 'rescale': Rescale,
                      'right_quantizer': UniformQuantizer}
     lefts = {type(op.quantizer('left')) for op in operations(backbone).values() if isinstance(op, QuantMatMul)}
