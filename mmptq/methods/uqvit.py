@@ -20,6 +20,10 @@ from ..quantizers import Calibrated, Params, Quantizer, UniformQuantizer
 from .base import require_flags, require_positive
 
 
+FEWEST = 4
+"""Calls after which candidates may leave a race."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What one alpha makes of a linear layer.
@@ -139,8 +143,12 @@ class UQViT:
         return [Candidate.made(op, x, each, r, b) for r, b in changes]
 
 
-def output_errors(block: Block, op: QuantLinear, candidates: Sequence[Candidate], targets: Sequence[Any], images: int | None) -> Tensor:
-    """The squared error of the block's output with each candidate, (candidates,), float64.
+def output_errors(block: Block, op: QuantLinear, candidates: Sequence[Candidate], targets: Sequence[Any], images: int | None,
+                  sure: float = 3) -> Tensor:
+    """The squared error of the block's output with each candidate, (candidates,), float64; infinite for one that left the race.
+
+    Call after call all candidates that are still in the race are compared; one whose errors are surely larger than the best one's
+    leaves it (Hoeffding races, Maron and Moore, 1993; here by the standard error of the difference).
 
     Args:
         block: The block, its other operations as they are to be.
@@ -148,20 +156,40 @@ def output_errors(block: Block, op: QuantLinear, candidates: Sequence[Candidate]
         candidates: To compare.
         targets: The block's outputs in the float model.
         images: Calls to compare on, evenly spread; None: all.
+        sure: By so many standard errors; infinity: all stay in the race.
     """
     count = min(images or len(block.calls), len(block.calls))
-    errors = torch.zeros(len(candidates), dtype=torch.float64, device=op.weight.device)
-    if len(candidates) == 1:
-        return errors
+    errors = torch.zeros(len(candidates), count, dtype=torch.float64, device=op.weight.device)
+    running = list(range(len(candidates)))
     for number in range(count):
+        if len(running) == 1:
+            break
         place = number * len(block.calls) // count
         call, target = block.calls[place], _tensors(targets[place])
         with replayed(block.module, op) as replay:
-            for index, candidate in enumerate(candidates):
-                with candidate.tried(op):
+            for index in running:
+                with candidates[index].tried(op):
                     output = _tensors(replay.run(*call.args, **call.kwargs))
-                errors[index] += sum((a - b).square().sum(dtype=torch.float64) for a, b in zip(output, target, strict=True))
-    return errors
+                errors[index, number] = sum((a - b).square().sum(dtype=torch.float64) for a, b in zip(output, target, strict=True))
+        running = [running[place] for place in in_the_race(errors[running, :number + 1], sure)]
+    total = torch.full_like(errors[:, 0], torch.inf)
+    total[running] = errors[running].sum(1)
+    return total
+
+
+def in_the_race(errors: Tensor, sure: float) -> list[int]:
+    """Places of the candidates whose mean error is not larger than the best one's by ``sure`` standard errors of the difference.
+
+    Args:
+        errors: Of each candidate on each call so far, (candidates, calls).
+        sure: See :func:`output_errors`.
+    """
+    candidates, calls = errors.shape
+    if calls < FEWEST:
+        return list(range(candidates))
+    difference = errors - errors[errors.sum(1).argmin()]
+    surely_larger = difference.mean(1) > sure * difference.std(1) / calls ** 0.5
+    return (~surely_larger).nonzero()[:, 0].tolist()
 
 
 def set_ranges(op: QuantOp, samples: Samples, weights: Tensor | None) -> None:

@@ -110,9 +110,18 @@ def test_groups_are_searched_in_order_with_probabilities_float_for_the_first(fam
         assert [one[3] for one in searched] == [True, False, False, False]
 
 
+def test_a_candidate_leaves_the_race_when_it_is_surely_worse():
+    errors = torch.tensor([[1, 2, 3, 4.], [1.5, 2.5, 3.4, 4.6], [2, 1, 4, 3.5], [1, 2, 3, 4.001]], dtype=torch.float64)
+    # differences: none; 0.5, 0.5, 0.4, 0.6: 0.5 with standard error 0.041; 0.125 with 0.52; 0.00025 with 0.00025
+    assert uqvit.in_the_race(errors, 3) == [0, 2, 3]
+    assert uqvit.in_the_race(errors, 0.9) == [0, 2]
+    assert uqvit.in_the_race(errors, 13) == uqvit.in_the_race(errors, float('inf')) == [0, 1, 2, 3]
+    assert uqvit.in_the_race(errors[:, :3], 0.5) == [0, 1, 2, 3]  # too few calls
+
+
 @torch.no_grad()
 def test_the_error_is_that_of_the_blocks_output():
-    """A block that is one layer and a residual, by the equations."""
+    """A block that is one layer and a residual, by the equations; a race ends with the same alpha."""
     class Residual(nn.Module):
         def __init__(self):
             super().__init__()
@@ -124,13 +133,13 @@ def test_the_error_is_that_of_the_blocks_output():
 
     module = Residual()
     generator = torch.Generator().manual_seed(1)
-    inputs = [Call((torch.randn(7, 6, generator=generator) * torch.tensor([1, 1, 9, 1, 1, .1]),)) for _ in range(3)]
+    inputs = [Call((torch.randn(7, 6, generator=generator) * torch.tensor([1, 1, 9, 1, 1, .1]),)) for _ in range(12)]
     block = Block('block', module, inputs, {'fc': module.fc})
-    targets = block.observe(64)
+    targets = block.observe(UQViT().rows)
     candidates = UQViT()._candidates(module.fc, block.samples['fc'][0][0], block.weights['fc'])
     assert len(candidates) == 12
-    for images, counted in ((None, inputs), (2, inputs[:2]), (1, inputs[:1]), (7, inputs)):
-        errors = uqvit.output_errors(block, module.fc, candidates, targets, images)
+    for images, counted in ((2, [inputs[0], inputs[6]]), (1, inputs[:1]), (20, inputs), (None, inputs)):
+        errors = uqvit.output_errors(block, module.fc, candidates, targets, images, sure=float('inf'))
         for candidate, error in zip(candidates, errors, strict=True):
             r, w = candidate.rescale['scale'].double().numpy(), module.fc.weight.double().numpy()
             wq = oracle_uniform((module.fc.weight * candidate.rescale['scale']).numpy(), candidate.weight['scale'].numpy(),
@@ -142,6 +151,9 @@ def test_the_error_is_that_of_the_blocks_output():
                                     candidate.input['zero_point'].numpy(), 4)
                 total += (((xq @ wq.T - x @ w.T) @ module.fc2.weight.double().numpy().T)**2).sum()
             assert float(error) == pytest.approx(total, rel=1e-3) and (r >= 1).all()
+    raced = uqvit.output_errors(block, module.fc, candidates, targets, None)
+    left = raced.isinf()
+    assert left.any() and torch.equal(raced[~left], errors[~left]) and raced.argmin() == errors.argmin()
     UQViT().calibrate(block)
     best = int(errors.argmin())  # on all images
     assert torch.equal(module.fc.rescale.scale, candidates[best].rescale['scale'])
