@@ -24,7 +24,7 @@ FEWEST = 4
 """Calls after which candidates may leave a race."""
 
 
-RANGE_PART = 4
+RANGE_PART = 8
 """Of so many rows one is for the range of the whole input, about: a row has a value of each channel."""
 
 
@@ -149,7 +149,7 @@ class UQViT:
 
 
 def output_errors(block: Block, op: QuantLinear, candidates: Sequence[Candidate], targets: Sequence[Any], images: int | None,
-                  sure: float = 3) -> Tensor:
+                  sure: float = 2) -> Tensor:
     """The squared error of the block's output with each candidate, (candidates,), float64; infinite for one that left the race.
 
     Call after call all candidates that are still in the race are compared; one whose errors are surely larger than the best one's
