@@ -19,7 +19,6 @@ from ..layers.rescale import GELU_MINIMUM
 from ..quantizers import Calibrated, Params, Quantizer, UniformQuantizer
 from .base import require_flags, require_positive
 
-
 FEWEST = 4
 """Calls after which candidates may leave a race."""
 
@@ -149,7 +148,7 @@ class UQViT:
 
 
 def output_errors(block: Block, op: QuantLinear, candidates: Sequence[Candidate], targets: Sequence[Any], images: int | None,
-                  sure: float = 2) -> Tensor:
+                  sure: float = 1.5) -> Tensor:
     """The squared error of the block's output with each candidate, (candidates,), float64; infinite for one that left the race.
 
     Call after call all candidates that are still in the race are compared; one whose errors are surely larger than the best one's
