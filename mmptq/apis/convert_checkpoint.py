@@ -54,5 +54,5 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise QuantizationError(f'{path} needs the package safetensors to be read: pip install safetensors') from None
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise QuantizationError(f'{path} cannot be read: {error}') from None

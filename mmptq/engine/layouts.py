@@ -218,13 +218,7 @@ def convert_keys(weights: Mapping[str, Tensor], name: str | None = None) -> Conv
             state_dict[new] = value if order is None else value[..., order]
             renamed += new != old
             permuted += order is not None
-    _keep_versions(state_dict, weights, prefix)
+    # torch keeps versions of modules beside a state dict, which heads of mmdet ask for.
+    versions = getattr(weights, '_metadata', {})
+    state_dict._metadata = OrderedDict((key.removeprefix('module.'), versions[key]) for key in versions)  # type: ignore[attr-defined]
     return Conversion(layout, state_dict, renamed, permuted, len(state_dict) - renamed, tuple(dropped))
-
-
-def _keep_versions(state_dict: OrderedDict[str, Tensor], weights: Mapping[str, Tensor], prefix: str) -> None:
-    # torch keeps versions of modules beside a state dict, which heads of mmdet ask for. Those of a backbone are of another class.
-    versions = {name.removeprefix('module.'): value for name, value in getattr(weights, '_metadata', {}).items()}
-    kept = OrderedDict((name, value) for name, value in versions.items() if not f'{name}.'.startswith(prefix))
-    if kept:
-        state_dict._metadata = kept  # type: ignore[attr-defined]

@@ -187,7 +187,7 @@ def test_a_whole_model_of_the_old_packages(name, heads, outer, tmp_path):
     weights = original(model.state_dict(), 'backbone.')
     versions = weights._metadata
     weights = type(weights)((outer + key, value) for key, value in weights.items())
-    weights._metadata = versions
+    weights._metadata = {(outer + module).rstrip('.'): version for module, version in versions.items()}
     meta = dict(CLASSES=('a', 'b', 'c'), epoch=3, config='model = dict()')
     checkpoint = converted({'state_dict': weights, 'meta': meta, 'optimizer': {'state': {}}}, tmp_path)
     assert set(checkpoint) == {'state_dict', 'meta'} and checkpoint['meta'] == meta
@@ -301,11 +301,15 @@ REFUSED = {
     'converted ViT': (lambda: dict(vit().state_dict()), ['converted already', 'layers.0.']),
     'half converted': (lambda: {**swin_weights(), **swin().state_dict()}, ['several layouts', 'layers.0.blocks.0', 'stages.0.blocks.0']),
     'Swin and ViT': (lambda: {**swin_weights(), **vit_weights()}, ['several layouts', 'layers.0.blocks.0', 'blocks.0.norm1']),
-    'twice': (lambda: {key: value for prefix in ('', 'backbone.') for key, value in [
-        (prefix + key, value) for key, value in vit_weights().items()]}, ['several layouts', 'blocks.0', 'backbone.blocks.0']),
+    'twice': (lambda: {**vit_weights(), **{f'backbone.{key}': value for key, value in vit_weights().items()}},
+              ['several layouts', ' blocks.0', 'backbone.blocks.0']),
     'no norm': (lambda: without(swin_weights(), 'layers.1.downsample.norm.bias'), ['lacks layers.1.downsample.norm.bias']),
     'no block': (lambda: {key: value for key, value in swin_weights().items() if not key.startswith('layers.0.blocks.0.')},
                  ['lacks layers.0.blocks.0.']),
+    'no table': (lambda: without(swin_weights(), 'layers.1.blocks.0.attn.relative_position_bias_table'),
+                 ['lacks layers.1.blocks.0.attn.relative_position_bias_table']),
+    'absolute positions': (lambda: {**swin_weights(), 'absolute_pos_embed': torch.zeros(1, 8, 4, 4)},
+                           ['SwinTransformer', 'no place', 'absolute_pos_embed']),
     'no embedding': (lambda: without(vit_weights(), 'patch_embed.proj.weight'), ['lacks patch_embed.proj.weight']),
     'no bias': (lambda: without(vit_weights(), 'blocks.0.attn.qkv.bias'), ['lacks blocks.0.attn.qkv.bias']),
     'wrong shape': (lambda: {**swin_weights(), 'layers.1.downsample.reduction.weight': torch.zeros(32, 16)},
@@ -334,6 +338,13 @@ def test_what_does_not_fit_is_refused_by_name_and_nothing_is_written(case, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ['source.pth']
 
 
+@needs_timm
+def test_timms_own_swin_is_refused(tmp_path):
+    weights = timm.models.SwinTransformer(img_size=48, embed_dim=8, depths=(1, 1), num_heads=(1, 2), window_size=3).state_dict()
+    with pytest.raises(QuantizationError, match=r'lacks .*layers\.0\.downsample\.norm\.weight.*no place .*layers\.1\.downsample'):
+        converted(weights, tmp_path)
+
+
 def test_weights_that_the_refused_ones_are_made_of_are_taken(tmp_path):
     assert len(converted(vit_weights(), tmp_path, kind='vit')['state_dict']) == 18
     assert len(converted(swin_weights(), tmp_path, kind='swin')['state_dict']) == len(swin_weights())
@@ -353,11 +364,13 @@ def test_names_of_files(tmp_path):
         convert_checkpoint(tmp_path / 'absent.pth', tmp_path / 'target.pth')
 
 
-def test_a_broken_safetensors_file(tmp_path):
+def test_a_broken_or_absent_safetensors_file(tmp_path):
     pytest.importorskip('safetensors')
     (tmp_path / 'broken.safetensors').write_bytes(b'no tensors here')
     with pytest.raises(QuantizationError, match=r'broken\.safetensors cannot be read'):
         convert_checkpoint(tmp_path / 'broken.safetensors', tmp_path / 'target.pth')
+    with pytest.raises(QuantizationError, match=r'absent\.safetensors cannot be read'):
+        convert_checkpoint(tmp_path / 'absent.safetensors', tmp_path / 'target.pth')
 
 
 def test_the_tool(tmp_path, monkeypatch, capsys):
