@@ -139,7 +139,7 @@ def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Conf
     model: Any = cfg.get('model')
     if not isinstance(model, ConfigDict) or 'backbone' not in model:
         raise QuantizationError('the config defines no model with a backbone')
-    if str(model.backbone.get('type', '')).startswith('mmptq.') or str(model.get('type', '')).startswith('mmptq.'):
+    if str(model.backbone.get('type', '')).startswith('mmptq.Quant') or str(model.get('type', '')).startswith('mmptq.Quant'):
         raise QuantizationError('the config is quantized already; give the original one, or use the test tool of mmdet or mmsegmentation')
     model.pop('pretrained', None)  # the checkpoint has all weights, and a wrapped backbone takes no such argument
     if scope == 'model':

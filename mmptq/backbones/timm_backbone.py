@@ -87,7 +87,7 @@ def create_model(name: str, options: dict[str, Any]) -> Any:
 
 
 def load_pretrained(model: Any, path: str | Path) -> None:
-    """Loads weights of a local file, position embeddings and bias tables resized as timm does; final norm and classifier may differ.
+    """Loads weights of a local file but final norm and classifier; position embeddings and bias tables are resized as by timm.
 
     Raises:
         QuantizationError: If it is missing, needs code to be read, or is of another model.
@@ -98,19 +98,22 @@ def load_pretrained(model: Any, path: str | Path) -> None:
         state = import_timm().models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # it raises many kinds for a broken file
         raise QuantizationError(f'{path} cannot be read safely as weights: {str(error).strip() or type(error).__name__}') from None
-    adapt = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     try:
+        adapt = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
         state = adapt(state, model) if adapt else state
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except Exception as error:  # weights of another model
-        raise QuantizationError(f'{path} is of another model than {type(model).__name__} with these options: {error}') from None
+    except Exception as error:  # it looks for the parts of its model
+        raise QuantizationError(f'{path} is not of a {type(model).__name__} with these options: {error}') from None
     classifiers = model.pretrained_cfg.get('classifier') or ()
     unused = tuple(f'{name}.' for name in ('norm', 'fc_norm', *((classifiers,) if isinstance(classifiers, str) else classifiers)))
-    lacks, has = ([key for key in keys if not key.startswith(unused)] for keys in (missing, unexpected))
-    if lacks or has:
-        differences = [f'it {verb} {", ".join(keys[:5])}' for verb, keys in (('lacks', lacks), ('has', has)) if keys]
-        raise QuantizationError(f'{path} is of another model than {type(model).__name__} with these options: {", and ".join(differences)}')
-    print_log(f'{path}: loaded' + (f' without {", ".join(unexpected)}' if unexpected else ''), logger='current')
+    wanted = {key: value for key, value in model.state_dict().items() if not key.startswith(unused)}
+    given = {key: value for key, value in state.items() if not key.startswith(unused)}
+    for what, keys in (('lacks', wanted.keys() - given.keys()), ('has besides', given.keys() - wanted.keys()),
+                       ('has in another shape', {key for key in wanted.keys() & given.keys() if wanted[key].shape != given[key].shape})):
+        if keys:
+            raise QuantizationError(f'{path} is not of a {type(model).__name__} with these options: it {what} {", ".join(sorted(keys)[:5])}'
+                                    + (f' and {len(keys) - 5} more' if len(keys) > 5 else ''))
+    model.load_state_dict(given, strict=False)
+    print_log(f'{path}: loaded without {", ".join(sorted(state.keys() - given.keys())) or "exception"}', logger='current')
 
 
 def fold_biases(model: nn.Module) -> None:
