@@ -14,6 +14,7 @@ from mmptq.backbones import Recipe, convert, find_spec, timm_backbone, timm_impo
 from mmptq.backbones.timm_backbone import TimmBackbone
 from mmptq.backbones.timm_import import import_timm
 from mmptq.calibration import Call, calibrate, operations
+from mmptq.engine.checkpoint import is_calibrated
 from mmptq.layers import QuantOp
 
 from ..conftest import build_in, fast, image, randomized
@@ -127,7 +128,7 @@ def test_every_layer_is_quantized_or_said_not_to_be_and_the_result_loads(family)
     backbone.load_state_dict(reference.state_dict())
     calibrated(backbone, inputs)
     ops = operations(backbone)
-    assert [name for name, op in ops.items() if any(quantizer.params is None for quantizer in op.quantizers().values())] == []
+    assert is_calibrated(backbone)
     left = {name for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(layer, QuantOp)}
     assert left == set(backbone.quantization.skipped)
     assert all('.cpb_mlp.' in name for name in left) and bool(left) == (family == 'swin_v2')
@@ -321,8 +322,9 @@ def upernet(backbone):
 def mask_rcnn(backbone):
     """With the pyramid that mmsegmentation makes of a plain map."""
     neck = dict(type='mmseg.Feature2Pyramid', embed_dim=16, rescales=[4, 2, 1, 0.5], norm_cfg=dict(type='BN'))
-    rpn = dict(type='RPNHead', in_channels=16, feat_channels=16, loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True),
-               anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=[1.0], strides=[4, 8, 16, 32]), loss_bbox=dict(type='L1Loss'))
+    anchors = dict(type='AnchorGenerator', scales=[4], ratios=[1.0], strides=[4, 8, 16, 32])
+    rpn = dict(type='RPNHead', in_channels=16, feat_channels=16, anchor_generator=anchors, loss_bbox=dict(type='L1Loss'),
+               loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True))
     extractor = dict(type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', output_size=7), out_channels=16,
                      featmap_strides=[4, 8, 16, 32])
     boxes = dict(type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=16, roi_feat_size=7, num_classes=2,
@@ -349,7 +351,8 @@ def predicted(scope, model, x):
 
 
 @pytest.mark.parametrize(('scope', 'whole', 'backbone'), [
-    ('mmseg', upernet, config('swin')), ('mmdet', mask_rcnn, config('vit', depth=4, out_indices=(0, 1, 2, 3)))], ids=['UperNet', 'Mask R-CNN'])
+    ('mmseg', upernet, config('swin')), ('mmdet', mask_rcnn, config('vit', depth=4, out_indices=(0, 1, 2, 3))),
+], ids=['UperNet', 'Mask R-CNN'])
 def test_in_a_whole_model(scope, whole, backbone):
     torch.manual_seed(0)
     reference = randomized(build_in(scope, whole(backbone)))
