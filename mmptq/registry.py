@@ -5,8 +5,8 @@ from mmengine.registry import Registry
 
 from . import methods, quantizers
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmptq', locations=['mmptq.backbones.build'])
-"""``QuantBackbone`` and ``QuantModel``."""
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmptq', locations=['mmptq.backbones.build', 'mmptq.backbones.timm_backbone'])
+"""``QuantBackbone``, ``QuantModel`` and ``TimmBackbone``."""
 
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmptq', locations=['mmptq.engine.hook'])
 """``PTQHook``."""

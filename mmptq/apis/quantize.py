@@ -110,7 +110,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
 
 
 def clean_config(cfg: Config) -> None:
-    """Makes a config fit for a test: one evaluation, no PTQHook of its own.
+    """Makes a config fit for a test: one evaluation, no PTQHook of its own, no weights but those of the checkpoint.
 
     Raises:
         QuantizationError: If it averages weights in a hook.
@@ -124,6 +124,9 @@ def clean_config(cfg: Config) -> None:
         raise QuantizationError('the config has an EMAHook, which would exchange the weights after their calibration; remove it from '
                                 'custom_hooks, and give a checkpoint whose state_dict holds the averaged weights')
     cfg.custom_hooks = hooks
+    backbone = (cfg.get('model') or {}).get('backbone') or {}
+    if 'pretrained' in backbone:
+        backbone['pretrained'] = None
 
 
 def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Config:
@@ -136,7 +139,7 @@ def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Conf
     model: Any = cfg.get('model')
     if not isinstance(model, ConfigDict) or 'backbone' not in model:
         raise QuantizationError('the config defines no model with a backbone')
-    if str(model.backbone.get('type', '')).startswith('mmptq.') or str(model.get('type', '')).startswith('mmptq.'):
+    if str(model.backbone.get('type', '')).startswith('mmptq.Quant') or str(model.get('type', '')).startswith('mmptq.Quant'):
         raise QuantizationError('the config is quantized already; give the original one, or use the test tool of mmdet or mmsegmentation')
     model.pop('pretrained', None)  # the checkpoint has all weights, and a wrapped backbone takes no such argument
     if scope == 'model':

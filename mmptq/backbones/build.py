@@ -1,6 +1,7 @@
 """The registered build functions: they build what the original config builds, then convert it in place."""
 from __future__ import annotations
 
+from importlib.util import find_spec as find_module
 from typing import Any
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -27,6 +28,22 @@ def refuse_half(module: nn.Module, incompatible_keys: object) -> None:
                                 + (f' and {len(absent) - 5} more' if len(absent) > 5 else ''))
 
 
+def build_float(cfg: dict[str, Any]) -> Any:
+    """What a config describes.
+
+    Raises:
+        QuantizationError: If its class or that of its backbone is of a package that is not installed.
+    """
+    try:
+        return MMENGINE_MODELS.build(cfg)
+    except KeyError as error:  # the registry knows no such class
+        for name in (part.get('type') for part in (cfg, cfg.get('backbone') or {})):
+            package, dot, _ = name.partition('.') if isinstance(name, str) else ('', '', '')
+            if dot and find_module(package) is None:
+                raise QuantizationError(f"type='{name}' needs {package}, which is not installed: pip install {package}") from error
+        raise
+
+
 @MODELS.register_module()
 def QuantBackbone(backbone: dict[str, Any], recipe: str | dict[str, Any]) -> nn.Module:  # noqa: N802
     """Builds a backbone and makes it quantizable.
@@ -39,10 +56,10 @@ def QuantBackbone(backbone: dict[str, Any], recipe: str | dict[str, Any]) -> nn.
         The backbone itself, float until calibrated, with a :class:`ConversionReport` as its attribute ``quantization``.
 
     Raises:
-        QuantizationError: If the backbone has no BackboneSpec, or the recipe is wrong.
+        QuantizationError: If the backbone has no BackboneSpec or is of a package that is missing, or the recipe is wrong.
     """
     checked = Recipe.from_dict(load_recipe(recipe))
-    built = MMENGINE_MODELS.build(backbone)
+    built = build_float(backbone)
     built.register_load_state_dict_post_hook(refuse_half)
     built.quantization = convert(built, find_spec(built), checked)
     return built
@@ -60,10 +77,10 @@ def QuantModel(model: dict[str, Any], recipe: str | dict[str, Any]) -> nn.Module
         The model itself, float until calibrated, with a :class:`ConversionReport` as its attribute ``quantization``.
 
     Raises:
-        QuantizationError: If the model has no backbone that we know, or the recipe is wrong.
+        QuantizationError: If the model has no backbone that we know or is of a package that is missing, or the recipe is wrong.
     """
     checked = Recipe.from_dict(load_recipe(recipe))
-    built = MMENGINE_MODELS.build(model)
+    built = build_float(model)
     built.register_load_state_dict_post_hook(refuse_half)
     if not isinstance(getattr(built, 'backbone', None), nn.Module):
         raise QuantizationError(f'{type(built).__name__} has no backbone')

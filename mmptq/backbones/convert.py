@@ -45,7 +45,7 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
     """Replaces the layers and attention products that a spec names by quantized operations; all are float until calibrated.
 
     Raises:
-        QuantizationError: If the backbone has none of the spec's blocks or attentions.
+        QuantizationError: If the backbone has none of the spec's blocks or attentions, or an attention computes its projection itself.
     """
     spec.block_names(backbone)
     attentions = [name for name, _ in backbone.named_modules() if matches(name, spec.attentions)]
@@ -53,6 +53,9 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
         raise QuantizationError(f'{type(backbone).__name__} has no attention named like {", ".join(spec.attentions)}')
     for name in attentions:
         attention = backbone.get_submodule(name)
+        if getattr(attention, 'q_bias', None) is not None:
+            raise QuantizationError(f'{name}, {type(attention).__name__}, adds its q_bias in a product with the weight of its qkv, past '
+                                    'that layer; a model of timm can be quantized in mmptq.TimmBackbone, which makes it a bias of qkv')
         if isinstance(attention, nn.MultiheadAttention):
             new = SelfAttention.from_float(attention)
             _replace(backbone, attention, new)

@@ -1,7 +1,7 @@
 """What mmptq must know of a family of backbones, as data."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
@@ -31,12 +31,12 @@ class BackboneSpec:
     sites: dict[str, Site]
 
     def block_names(self, backbone: nn.Module) -> list[str]:
-        """Names of the calibration units, in forward order.
+        """Names of the calibration units, in forward order; what has no parameters, as an absent classifier, is none.
 
         Raises:
             QuantizationError: If there is none, or one lies within another.
         """
-        names = [name for name, _ in backbone.named_modules() if matches(name, self.blocks)]
+        names = [name for name, module in backbone.named_modules() if matches(name, self.blocks) and any(True for _ in module.parameters())]
         if not names:
             raise QuantizationError(f'{type(backbone).__name__} has no module named like {", ".join(self.blocks)}')
         for outer in names:
@@ -49,8 +49,15 @@ class BackboneSpec:
         """The site of a layer's input, or None if the spec does not name the layer."""
         return next((site for pattern, site in self.sites.items() if matches(name, (pattern,))), None)
 
+    def below(self, path: str) -> BackboneSpec:
+        """The spec of a module that has a backbone of this family as its submodule ``path``."""
+        return replace(self, blocks=tuple(f'{path}.{name}' for name in self.blocks),
+                       attentions=tuple(f'{path}.{name}' for name in self.attentions),
+                       sites={f'{path}.{name}': site for name, site in self.sites.items()})
+
 
 _SPECS: list[BackboneSpec] = []
+_WRAPPERS: dict[str, str] = {}
 
 
 def register_spec(spec: BackboneSpec) -> BackboneSpec:
@@ -59,19 +66,30 @@ def register_spec(spec: BackboneSpec) -> BackboneSpec:
     return spec
 
 
+def register_wrapper(name: str, path: str) -> None:
+    """Makes a class, ``package.ClassName``, known that has the backbone proper as its submodule ``path``."""
+    _WRAPPERS[name] = path
+
+
 def known_classes() -> list[str]:
-    """All backbones with a spec, sorted."""
-    return sorted({name for spec in _SPECS for name in spec.classes})
+    """All backbones with a spec, and their wrappers, sorted."""
+    return sorted({name for spec in _SPECS for name in spec.classes} | {*_WRAPPERS})
 
 
 def find_spec(backbone: nn.Module) -> BackboneSpec:
     """The spec of a backbone, by its class or the nearest base class.
 
     Raises:
-        QuantizationError: If none fits.
+        QuantizationError: If none fits, or a wrapper does not hold its backbone.
     """
     for cls in type(backbone).__mro__:
         qualified = f'{cls.__module__.split(".")[0]}.{cls.__name__}'
+        if qualified in _WRAPPERS:
+            path = _WRAPPERS[qualified]
+            if path not in dict(backbone.named_modules()):
+                raise QuantizationError(f'{qualified} has no module {path} here, so this model cannot be quantized in it; a transformer of '
+                                        'timm can be in mmptq.TimmBackbone (docs/timm.md)')
+            return find_spec(backbone.get_submodule(path)).below(path)
         for spec in _SPECS:
             if qualified in spec.classes:
                 return spec

@@ -1,8 +1,8 @@
-"""Swin Transformer (Liu et al., ICCV 2021) as mmdet and mmsegmentation write it."""
+"""Swin Transformer (Liu et al., ICCV 2021) as mmdet, mmsegmentation and mmpretrain write it."""
 from .spec import BackboneSpec, register_spec
 
 SWIN = register_spec(BackboneSpec(
-    classes=('mmdet.SwinTransformer', 'mmseg.SwinTransformer'),
+    classes=('mmdet.SwinTransformer', 'mmseg.SwinTransformer', 'mmpretrain.SwinTransformer'),
     blocks=('patch_embed', 'stages.*.blocks.*', 'stages.*.downsample'),
     attentions=('stages.*.blocks.*.attn.w_msa',),
     sites={

@@ -1,4 +1,4 @@
-"""Vision Transformer (Dosovitskiy et al., ICLR 2021; DeiT too) as mmsegmentation writes it."""
+"""Vision Transformer (Dosovitskiy et al., ICLR 2021; DeiT too) as mmsegmentation and mmpretrain write it."""
 from .spec import BackboneSpec, register_spec
 
 VIT = register_spec(BackboneSpec(
@@ -11,5 +11,20 @@ VIT = register_spec(BackboneSpec(
         'layers.*.attn.attn.out_proj': 'post_attention',
         'layers.*.ffn.layers.0.0': 'post_norm',
         'layers.*.ffn.layers.1': 'post_gelu',
+    },
+))
+
+MMPRETRAIN_VIT = register_spec(BackboneSpec(
+    classes=('mmpretrain.VisionTransformer',),
+    blocks=('patch_embed', 'layers.*'),
+    attentions=('layers.*.attn',),
+    sites={
+        'patch_embed.projection': 'image',
+        'layers.*.attn.qkv': 'post_norm',
+        'layers.*.attn.proj': 'post_attention',
+        'layers.*.ffn.layers.0.0': 'post_norm',
+        'layers.*.ffn.layers.1': 'post_gelu',
+        'layers.*.ffn.w12': 'post_norm',
+        'layers.*.ffn.w3': 'linear',
     },
 ))

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.timm_models import FOLDER, import_timm
+from mmptq import QuantizationError
 from mmptq.backbones import Recipe, convert, find_spec
 from mmptq.backbones.presets import load_recipe
 from mmptq.backbones.spec import matches
 from mmptq.backbones.timm import TIMM_VIT
+from mmptq.backbones.timm_import import FOLDER, import_timm
 from mmptq.calibration import Call, Stream, calibrate, operations
 from mmptq.layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 
@@ -18,7 +19,7 @@ from ..conftest import image, quantizers_of, randomized
 
 try:
     timm = import_timm()
-except ImportError as error:
+except QuantizationError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 DEPTH = 2
