@@ -1,5 +1,5 @@
 """WHICH layers are quantized, as data: one BackboneSpec per family."""
-from . import swin, timm, vit  # noqa: F401  (each registers its specs)
+from . import beit, swin, timm, vit, vitdet  # noqa: F401  (each registers its specs)
 from .convert import ConversionReport, convert
 from .recipe import Bits, Recipe
 from .spec import SITES, BackboneSpec, find_spec, register_spec
