@@ -12,4 +12,6 @@ BEIT = register_spec(BackboneSpec(
         'layers.*.ffn.layers.0.0': 'post_norm',
         'layers.*.ffn.layers.1': 'post_gelu',
     },
+    title='BEiT, MAE',
+    models=('UperNet',),
 ))

@@ -13,4 +13,6 @@ TIMM_VIT = register_spec(BackboneSpec(
         'blocks.*.mlp.fc2': 'post_gelu',
         'head': 'linear',
     },
+    title='ViT, DeiT of timm',
+    models=('classifiers, for Python users',),
 ))

@@ -12,4 +12,6 @@ VIT = register_spec(BackboneSpec(
         'layers.*.ffn.layers.0.0': 'post_norm',
         'layers.*.ffn.layers.1': 'post_gelu',
     },
+    title='ViT, DeiT of mmsegmentation',
+    models=('UperNet', 'Segmenter', 'SETR', 'DPT', 'Mask R-CNN'),
 ))

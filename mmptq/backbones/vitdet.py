@@ -15,4 +15,6 @@ VITDET = register_spec(BackboneSpec(
         'blocks.*.mlp.fc1': 'post_norm',
         'blocks.*.mlp.fc2': 'post_gelu',
     },
+    title='ViTDet',
+    models=("Mask R-CNN of mmdetection's `projects/ViTDet`",),
 ))
