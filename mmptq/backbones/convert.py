@@ -4,7 +4,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantOp, SelfAttention, extend_attention
@@ -32,20 +31,17 @@ class ConversionReport:
 
 
 def layers_with_products(module: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers, convolutions and opaque attentions, by name: what a quantized model must account for."""
-    found: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
-        inside = any(name.startswith(outer + '.') for outer in found)
-        if isinstance(child, (nn.Linear, _ConvNd, nn.MultiheadAttention)) and not inside:
-            found[name] = child
-    return found
+    """All layers with a matrix or kernels, and opaque attentions, by name: what a quantized model must account for."""
+    opaque = tuple(f'{name}.' for name, child in module.named_modules() if isinstance(child, nn.MultiheadAttention))
+    return {name: child for name, child in module.named_modules()
+            if (_multiplies(child) or isinstance(child, nn.MultiheadAttention)) and not name.startswith(opaque)}
 
 
 def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> ConversionReport:
     """Replaces the layers and attention products that a spec names by quantized operations; all are float until calibrated.
 
     Raises:
-        QuantizationError: If the backbone has none of the spec's blocks or attentions, or an attention computes its projection itself.
+        QuantizationError: If the backbone has none of the spec's blocks or attentions.
     """
     spec.block_names(backbone)
     attentions = [name for name, _ in backbone.named_modules() if matches(name, spec.attentions)]
@@ -53,9 +49,6 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
         raise QuantizationError(f'{type(backbone).__name__} has no attention named like {", ".join(spec.attentions)}')
     for name in attentions:
         attention = backbone.get_submodule(name)
-        if getattr(attention, 'q_bias', None) is not None:
-            raise QuantizationError(f'{name}, {type(attention).__name__}, adds its q_bias in a product with the weight of its qkv, past '
-                                    'that layer; a model of timm can be quantized in mmptq.TimmBackbone, which makes it a bias of qkv')
         if isinstance(attention, nn.MultiheadAttention):
             new = SelfAttention.from_float(attention)
             _replace(backbone, attention, new)
@@ -97,6 +90,11 @@ def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Rec
         recipe.equip(op, {'input': site, 'weight': 'weight'})
         _replace(module, layer, op)
     return skipped
+
+
+def _multiplies(module: nn.Module) -> bool:
+    weight = module._parameters.get('weight')
+    return weight is not None and weight.ndim > 1 and not isinstance(module, nn.Embedding)
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

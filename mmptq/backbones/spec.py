@@ -23,12 +23,16 @@ class BackboneSpec:
         blocks: Calibration units, registered in the order in which they run.
         attentions: Modules that compute exactly two products, or ``nn.MultiheadAttention``.
         sites: What the input of a Linear or Conv2d is, by the layer's name.
+        title: What the family is called in tables.
+        models: Where it is used, for tables.
     """
 
     classes: tuple[str, ...]
     blocks: tuple[str, ...]
     attentions: tuple[str, ...]
     sites: dict[str, Site]
+    title: str = ''
+    models: tuple[str, ...] = ()
 
     def block_names(self, backbone: nn.Module) -> list[str]:
         """Names of the calibration units, in forward order; what has no parameters, as an absent classifier, is none.
@@ -74,6 +78,13 @@ def register_wrapper(name: str, path: str) -> None:
 def known_classes() -> list[str]:
     """All backbones with a spec, and their wrappers, sorted."""
     return sorted({name for spec in _SPECS for name in spec.classes} | {*_WRAPPERS})
+
+
+def support_table() -> str:
+    """The families and their classes, as a table in Markdown."""
+    rows = [f'| {spec.title} | {", ".join(f"`{name}`" for name in spec.classes)} | {", ".join(spec.models)} |'
+            for spec in sorted(_SPECS, key=lambda spec: spec.title)]
+    return '\n'.join(['| backbone | classes | models |', '|---|---|---|', *rows])
 
 
 def find_spec(backbone: nn.Module) -> BackboneSpec:

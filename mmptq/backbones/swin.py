@@ -13,4 +13,6 @@ SWIN = register_spec(BackboneSpec(
         'stages.*.blocks.*.ffn.layers.1': 'post_gelu',
         'stages.*.downsample.reduction': 'post_norm',
     },
+    title='Swin Transformer',
+    models=('Mask R-CNN', 'Cascade Mask R-CNN', 'RetinaNet', 'Mask2Former', 'DINO', 'UperNet'),
 ))

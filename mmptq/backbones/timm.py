@@ -4,6 +4,8 @@ from .spec import BackboneSpec, register_spec, register_wrapper
 register_wrapper('mmptq.TimmBackbone', 'model')
 register_wrapper('mmseg.TIMMBackbone', 'timm_model.model')
 
+TIMM_MODELS = ('any, in `mmptq.TimmBackbone`',)
+
 TIMM_VIT = register_spec(BackboneSpec(
     classes=('timm.VisionTransformer', 'timm.Beit'),
     blocks=('patch_embed', 'blocks.*', 'head'),
@@ -16,6 +18,8 @@ TIMM_VIT = register_spec(BackboneSpec(
         'blocks.*.mlp.fc2': 'post_gelu',
         'head': 'linear',
     },
+    title='ViT, DeiT, BEiT of timm',
+    models=TIMM_MODELS,
 ))
 """Vision Transformer (Dosovitskiy et al., ICLR 2021), DeiT (Touvron et al., ICML 2021), BEiT (Bao et al., ICLR 2022)."""
 
@@ -33,6 +37,8 @@ TIMM_EVA = register_spec(BackboneSpec(
         'blocks.*.mlp.fc2': 'linear',
         'head': 'linear',
     },
+    title='EVA of timm',
+    models=TIMM_MODELS,
 ))
 """EVA-02 (Fang et al., 2023) and its relatives, with rotary positions; most have SwiGLU in the place of GELU."""
 
@@ -49,6 +55,8 @@ TIMM_SWIN = register_spec(BackboneSpec(
         'layers.*.blocks.*.mlp.fc2': 'post_gelu',
         'head.fc': 'linear',
     },
+    title='Swin Transformer of timm',
+    models=TIMM_MODELS,
 ))
 """Swin Transformer (Liu et al., ICCV 2021)."""
 
@@ -65,5 +73,7 @@ TIMM_SWIN_V2 = register_spec(BackboneSpec(
         'layers.*.blocks.*.mlp.fc2': 'post_gelu',
         'head.fc': 'linear',
     },
+    title='Swin Transformer V2 of timm',
+    models=TIMM_MODELS,
 ))
 """Swin Transformer V2 (Liu et al., CVPR 2022): its LayerNorms follow the layers, its queries and keys are of length one."""

@@ -7,7 +7,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
@@ -50,7 +49,6 @@ class TimmBackbone(nn.Module):
             raise QuantizationError(f'out_indices {tuple(out_indices)}: {model_name} has feature maps 0 to {depth - 1}')
         if pretrained is not None:
             load_pretrained(model, pretrained)
-        fold_biases(model)
         self.out_indices = model.prune_intermediate_layers(list(out_indices), prune_norm=True)
         self.model: Any = model
 
@@ -114,16 +112,3 @@ def load_pretrained(model: Any, path: str | Path) -> None:
                                     + (f' and {len(keys) - 5} more' if len(keys) > 5 else ''))
     model.load_state_dict(given, strict=False)
     print_log(f'{path}: loaded without {", ".join(sorted(state.keys() - given.keys())) or "exception"}', logger='current')
-
-
-def fold_biases(model: nn.Module) -> None:
-    """Makes what an attention adds to its queries and values itself (BEiT, EVA, Swin V2) the bias of its layer ``qkv``.
-
-    Such an attention multiplies with that layer's weight in its own code, where no quantizer is; without biases of its own it calls
-    the layer.
-    """
-    for module in model.modules():
-        if getattr(module, 'q_bias', None) is not None:
-            attention: Any = module
-            attention.qkv.bias = nn.Parameter(torch.cat([attention.q_bias, attention.k_bias, attention.v_bias]).detach())
-            attention.q_bias = attention.k_bias = attention.v_bias = None

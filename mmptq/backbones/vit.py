@@ -12,6 +12,8 @@ VIT = register_spec(BackboneSpec(
         'layers.*.ffn.layers.0.0': 'post_norm',
         'layers.*.ffn.layers.1': 'post_gelu',
     },
+    title='ViT, DeiT of mmsegmentation',
+    models=('UperNet', 'Segmenter', 'SETR', 'DPT', 'Mask R-CNN'),
 ))
 
 MMPRETRAIN_VIT = register_spec(BackboneSpec(
@@ -27,4 +29,6 @@ MMPRETRAIN_VIT = register_spec(BackboneSpec(
         'layers.*.ffn.w12': 'post_norm',
         'layers.*.ffn.w3': 'linear',
     },
+    title='ViT, DeiT of mmpretrain',
+    models=("any, with `out_type='featmap'`",),
 ))

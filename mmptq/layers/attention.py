@@ -1,4 +1,4 @@
-"""How the two products inside any attention module are reached, without a copy of its forward."""
+"""How the products and layers inside any attention module are reached, without a copy of its forward."""
 from __future__ import annotations
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import QuantizationError
-from .ops import QuantMatMul, QuantOp
+from .ops import QuantLinear, QuantMatMul
 
 # operator.matmul is what a strict torch.export sees of `a @ b`.
 PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, operator.matmul})
@@ -22,21 +22,28 @@ PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__
 class RouteProducts(TorchFunctionMode):
     """While active, sends the first product to ``qk``, the second to ``pv``, and unfolds fused attention into both.
 
-    A mode sees the calls of its own thread only, and is not active inside the two operations themselves.
+    A mode sees the calls of its own thread only, and is not active inside quantized operations themselves.
     """
 
-    def __init__(self, name: str, qk: QuantOp, pv: QuantOp) -> None:
+    def __init__(self, name: str, attention: nn.Module) -> None:
         super().__init__()
         self.name = name
-        self.products = [qk, pv]
+        self.attention = attention
+        self.products: list[Any] = [attention.qk, attention.pv]
         self.count = 0
 
     def route(self, input: Tensor, other: Tensor) -> Tensor:
-        """The next of the two products; the arguments are called as those of torch.matmul."""
+        """The next of the two products; the arguments are called as those of torch.matmul.
+
+        Heads that are folded into the batch, (batch * heads, rows, columns), are told apart by the attention's ``num_heads``.
+        """
+        heads = getattr(self.attention, 'num_heads', None)
+        if input.ndim == 3 and isinstance(heads, int) and len(input) % heads == 0:
+            return self.route(input.unflatten(0, (-1, heads)), other.unflatten(0, (-1, heads))).flatten(0, 1)
         self.count += 1
         if input.ndim < 4:
             raise QuantizationError(f'{self.name} multiplies tensors of shape {tuple(input.shape)}; quantized attention expects '
-                                    '(batch, heads, rows, columns)')
+                                    '(batch, heads, rows, columns), or (batch * heads, rows, columns) and an attribute num_heads')
         if self.count > 2:
             raise QuantizationError(f'{self.name} multiplies more than two pairs of tensors; quantized attention expects '
                                     'exactly two: queries with keys, then probabilities with values')
@@ -47,10 +54,23 @@ class RouteProducts(TorchFunctionMode):
         if func in PRODUCTS:
             return self.route(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention:
-            return self.attention(*args, **(kwargs or {}))
+            return self.fused(*args, **(kwargs or {}))
+        if func is F.linear:
+            return self.linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``F.linear``, by the quantized layer whose weight it is: an attention may read that without a call of its layer."""
+        layer = next((child for child in self.attention.modules() if isinstance(child, QuantLinear) and child.weight is weight), None)
+        if layer is None:
+            return F.linear(input, weight, bias)
+        if bias is layer.bias:
+            return layer(input)
+        if layer.bias is not None:
+            raise QuantizationError(f'{self.name} uses the weight of a layer, but not its bias; quantized attention expects both')
+        return layer(input) + bias
+
+    def fused(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                   is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
         """``F.scaled_dot_product_attention`` as its definition: two products and a softmax."""
         if is_causal or enable_gqa:
@@ -68,7 +88,7 @@ class RouteProducts(TorchFunctionMode):
 @cache
 def _extended(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        mode = RouteProducts(cls.__name__, self.qk, self.pv)  # type: ignore[arg-type]
+        mode = RouteProducts(cls.__name__, self)
         with mode:
             output = cls.forward(self, *args, **kwargs)
         if mode.count != 2:

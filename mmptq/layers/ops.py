@@ -194,7 +194,8 @@ class QuantLinear(QuantOp, nn.Linear):
         return self.compute(x, self.quantizer('weight')(self.rescale.weight(self.weight)))
 
     def float_forward(self, *inputs: Tensor) -> Tensor:
-        return nn.Linear.forward(self, *inputs)
+        with torch._C.DisableTorchFunction():  # an attention's mode would take it for a use of the weight without the layer
+            return nn.Linear.forward(self, *inputs)
 
     def places(self, activations: tuple[Tensor, ...], rows: int, generator: Generator) -> Places:
         """Tokens, the large ones more often: a few massive activations may make most of the error."""

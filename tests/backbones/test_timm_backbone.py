@@ -9,8 +9,7 @@ from mmengine.config import ConfigDict
 from torch import nn
 
 from mmptq import QuantizationError
-from mmptq.apis import load_recipe
-from mmptq.backbones import Recipe, convert, find_spec, timm_backbone, timm_import
+from mmptq.backbones import find_spec, timm_backbone, timm_import
 from mmptq.backbones.timm_backbone import TimmBackbone
 from mmptq.backbones.timm_import import import_timm
 from mmptq.calibration import Call, calibrate, operations
@@ -251,13 +250,6 @@ def test_a_backbone_that_is_no_transformer():
 def test_beit_takes_one_size_only():
     with pytest.raises(QuantizationError, match=r'Beit takes images of 48x64 only, not 49x70: give the backbone another img_size'):
         maps(built('beit'), image(49, 70))
-
-
-@pytest.mark.parametrize('family', ['beit', 'swin_v2'])
-def test_attentions_that_pass_by_their_projection_are_refused(family):
-    model = whole_model(family)
-    with pytest.raises(QuantizationError, match=r'(?s)blocks\.0\.attn, .*q_bias.*mmptq\.TimmBackbone'):
-        convert(model, find_spec(model), Recipe.from_dict(load_recipe('minmax_w8a8')))
 
 
 def test_without_timm(monkeypatch, tmp_path):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmptq import QuantizationError
-from mmptq.layers import SelfAttention, extend_attention
+from mmptq.calibration.capture import in_float, listening
+from mmptq.layers import QuantLinear, SelfAttention, extend_attention
 from mmptq.layers.attention import RouteProducts
 from mmptq.quantizers import UniformQuantizer
 
@@ -63,6 +64,33 @@ class Flat(TwoProducts):
         return (q @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
+class Folded(Flat):
+    """Heads folded into the batch, as in ViTDet."""
+
+    num_heads = 2
+
+    def forward(self, x):
+        return super().forward(x).unflatten(0, (-1, 2))
+
+
+class ReadWeight(TwoProducts):
+    """Reads the weight of its projection and adds a bias of its own, as BEiT does."""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.qkv = nn.Linear(8, 24, bias)
+        self.q_bias = nn.Parameter(torch.randn(24))
+
+    def split(self, x):
+        return F.linear(input=x, weight=self.qkv.weight, bias=self.q_bias).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+
+
+class ReadBoth(ReadWeight):
+    def __init__(self):
+        super().__init__(bias=True)
+        self.q_bias = self.qkv.bias
+
+
 class Clash(TwoProducts):
     def __init__(self, name):
         super().__init__()
@@ -100,7 +128,7 @@ def result(attention, x, *args, **kwargs):
     return attention(x, *args, **kwargs)
 
 
-PLAIN = [TwoProducts, Operator, Functions]
+PLAIN = [TwoProducts, Operator, Functions, Folded]
 FUSED = [Fused, Keywords]
 
 
@@ -176,7 +204,7 @@ def everything():
     return [(window, windows, mask), (written, tokens), *((cls(), torch.randn(3, 5, 8)) for cls in PLAIN + FUSED)]
 
 
-@pytest.mark.parametrize('number', range(7))
+@pytest.mark.parametrize('number', range(8))
 def test_calibrated_quantizers_are_reached(number):
     torch.manual_seed(0)
     attention, x, *rest = everything()[number]
@@ -201,9 +229,10 @@ def test_operands_are_queries_keys_probabilities_and_values(cls, x):
 
 def test_operator_matmul_is_routed():
     """A strict torch.export hands this function, not a method of a tensor, to a mode."""
-    qk, pv = extend_attention(TwoProducts())
+    attention = TwoProducts()
+    qk, pv = extend_attention(attention)
     equip(qk, left=uniform(-0.1, 0.1, 2)), equip(pv)
-    mode, left, right = RouteProducts('name', qk, pv), torch.randn(1, 1, 2, 3), torch.randn(1, 1, 3, 2)
+    mode, left, right = RouteProducts('name', attention), torch.randn(1, 1, 2, 3), torch.randn(1, 1, 3, 2)
     assert torch.equal(mode.__torch_function__(operator.matmul, (), (left, right)), qk(left, right))
     assert not torch.equal(qk(left, right), left @ right)
 
@@ -230,6 +259,59 @@ def test_two_attentions_keep_apart(x):
     plain = TwoProducts()
     plain.load_state_dict(second.state_dict())
     assert torch.equal(second(x), plain(x)) and not torch.allclose(first(x), plain(x))
+
+
+# Weights that are read without a call of their layer.
+
+def reading(cls, **quantizers):
+    """An attention, extended, its projection quantized."""
+    attention = extended(cls())
+    attention.qkv = equip(QuantLinear.from_float(attention.qkv), **quantizers)
+    return attention
+
+
+@pytest.mark.parametrize('cls', [ReadWeight, ReadBoth])
+def test_a_layer_whose_weight_is_read_is_run(cls, x):
+    attention = reading(cls)
+    expected = cls.forward(attention, x)
+    torch.testing.assert_close(attention(x), expected, rtol=1e-6, atol=1e-6)
+    quantized = reading(cls, input=uniform(-2, 2, 3), weight=uniform(-0.3, 0.3, 3))
+    quantized.load_state_dict(attention.state_dict(), strict=False)
+    rounded, weight = (quantized.qkv.quantizer(role)(value) for role, value in (('input', x), ('weight', quantized.qkv.weight)))
+    by_hand = reading(cls)
+    by_hand.load_state_dict({**attention.state_dict(), 'qkv.weight': weight})
+    torch.testing.assert_close(quantized(x), cls.forward(by_hand, rounded), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(quantized(x), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize('cls', [TwoProducts, ReadWeight, ReadBoth])
+def test_a_layer_is_seen_once_a_call(cls, x):
+    attention = reading(cls)
+    expected, seen = attention(x), []
+    ops = {'qkv': attention.qkv, 'qk': attention.qk}
+    with in_float(ops), listening(ops, lambda name, op, activations: seen.append((name, activations[0].shape))):
+        assert torch.equal(attention(x), expected)
+    assert seen == [('qkv', (3, 5, 8)), ('qk', (3, 2, 5, 4))]
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_export_keeps_the_quantizers_of_a_weight_that_is_read(x, strict):
+    attention = reading(ReadWeight, input=uniform(-2, 2, 3), weight=uniform(-0.3, 0.3, 3)).eval()
+    exported = torch.export.export(attention, (x,), strict=strict).module()
+    torch.testing.assert_close(exported(x), attention(x), rtol=1e-5, atol=1e-5)
+    plain = reading(ReadWeight)
+    plain.load_state_dict(attention.state_dict(), strict=False)
+    assert not torch.allclose(exported(x), plain(x), atol=1e-2)
+
+
+def test_a_weight_that_is_read_without_its_bias_is_refused(x):
+    with pytest.raises(QuantizationError, match='ReadWeight uses the weight of a layer, but not its bias'):
+        reading(lambda: ReadWeight(bias=True))(x)
+
+
+def test_other_uses_of_linear_in_an_attention_are_left_alone(x):
+    attention = TwoProducts()
+    assert torch.equal(extended(attention)(x), attention(x))
 
 
 # What does not fit.

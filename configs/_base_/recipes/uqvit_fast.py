@@ -1,4 +1,4 @@
-"""UQ-ViT with every other alpha, compared on 8 of the calibration images, inputs from the float model. Bits: --recipe uqvit_w4a4_fast, ..."""
+"""UQ-ViT with every other alpha, compared on 8 of the images, inputs from the float model. Bits: --recipe uqvit_w4a4_fast, ..."""
 _base_ = './uqvit.py'
 
 recipe = dict(
