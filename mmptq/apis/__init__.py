@@ -1,6 +1,7 @@
 """What tools and Python users call."""
 from ..backbones.presets import load_recipe, recipe_names, recipe_of
 from .compare import compare
+from .packed import load_packed, pack
 from .quantize import PAPER_IMAGES, quantize
 
-__all__ = ['PAPER_IMAGES', 'compare', 'load_recipe', 'quantize', 'recipe_names', 'recipe_of']
+__all__ = ['PAPER_IMAGES', 'compare', 'load_packed', 'load_recipe', 'pack', 'quantize', 'recipe_names', 'recipe_of']
