@@ -85,9 +85,12 @@ def weight_codes(op: QuantOp, weight: Tensor, name: str) -> Tensor:
     if not isinstance(quantizer, UniformQuantizer) or params is None:
         raise QuantizationError(f'the weight of {name} cannot be packed: its quantizer is to be a calibrated UniformQuantizer, not '
                                 f'{quantizer}')
-    codes = quantizer.encode(weight if rescale is None else rescale.weight(weight), **params)
-    again = as_kept(decode_uniform(codes, **params), rescale.scale if isinstance(rescale, Rescale) else None)
-    if not torch.equal(quantizer.encode(again if rescale is None else rescale.weight(again), **params), codes):
+    read = weight if rescale is None else rescale.weight(weight)
+    codes = quantizer.encode(read, **params)
+    values = decode_uniform(codes, **params)
+    kept = as_kept(values, rescale.scale if isinstance(rescale, Rescale) else None)
+    again = kept if rescale is None else rescale.weight(kept)
+    if not (torch.equal(values, quantizer(read)) and torch.equal(values, quantizer(again))):
         raise QuantizationError(f'the weight of {name} cannot be packed: its scales, as small as {float(params["scale"].min()):.3g}, are at '
                                 'the end of what float32 can hold')
     return codes
