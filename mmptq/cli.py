@@ -36,8 +36,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--w-bits', type=int, help='with --method: bits of weights, 2 to 8 (default: 4)')
     group.add_argument('--a-bits', type=int, help='with --method: bits of activations, 2 to 8 (default: 4)')
     group.add_argument('--softmax-bits', type=int, help='with --method: bits of attention probabilities (default: those of activations)')
-    group.add_argument('--scope', choices=['backbone', 'model'], help='what is quantized (default: backbone, or as in a quantized checkpoint; '
-                       'with --paper-protocol: model)')
+    group.add_argument('--scope', choices=['backbone', 'model'], help='what is quantized (default: backbone, or as in a quantized '
+                       'checkpoint; with --paper-protocol: model)')
     group.add_argument('--calib-images', type=int, help='number of calibration images (default: 32)')
     group.add_argument('--calib-cfg', help='config file whose train_dataloader has the calibration images')
     group.add_argument('--calib-on-test', action='store_true', help='calibrate on evaluation images: a leak, logged as one')

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def pack(config: str | Config, checkpoint: str, out: str | None = None, cfg_opti
     made = how_made(loaded, checkpoint)
     if made is None:
         raise QuantizationError(f'{checkpoint} is not quantized: there is nothing to pack (mmptq quantize --pack does both)')
-    cfg = config if isinstance(config, Config) else load_config(str(config))
+    cfg = deepcopy(config) if isinstance(config, Config) else load_config(str(config))
     if cfg_options:
         cfg.merge_from_dict(dict(cfg_options))
     model = _build(float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint)

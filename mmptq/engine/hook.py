@@ -24,7 +24,7 @@ from . import memory
 from .calibration import calibrate_model, inner_model, quantization
 from .checkpoint import is_calibrated, load_checked, save_atomically, write_atomically
 from .data import CalibrationSet, build_calibration_set, calibration_dataset
-from .packed import write_packed
+from .packed import packed_model, write_packed
 
 PROGRESS = 'calibration_progress.pth'
 
@@ -81,8 +81,10 @@ class PTQHook(Hook):
 
         Raises:
             QuantizationError: If the data set, or that of the evaluation, cannot be built or is empty, if an image cannot be
-                read, or is evaluated without this being asked for.
+                read, or is evaluated without this being asked for; if the config cannot be packed and is to be.
         """
+        if self.pack:
+            packed_model(self.config or runner.cfg)
         try:
             evaluated = runner.test_loop.dataloader.dataset
         except Exception as error:  # what a config names may raise anything
@@ -223,7 +225,10 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
         raise QuantizationError(f'{source} was quantized with recipe {made["recipe"]["name"]}, bits {made["bits"]}, scope {made["scope"]}, '
                                 'and not as asked for; use the float checkpoint, or that recipe and scope')
     surplus = load_checked(model, checkpoint.get('state_dict', checkpoint), source)
-    check_weights(model)
+    try:
+        check_weights(model)
+    except QuantizationError as error:
+        raise QuantizationError(f'{source}: {error}') from None
     if is_calibrated(model) and not made:
         raise QuantizationError(f'{source} has parameters of quantizers, but does not say by which recipe it was made')
     return surplus

@@ -46,9 +46,9 @@ def write_packed(model: nn.Module, cfg: Config, about: Mapping[str, Any], datase
     if not is_calibrated(model):
         raise QuantizationError('the model is not calibrated: there is nothing to pack')
     tensors, layout = pack_state(model)
-    content = _to_json(dict(layout, model=float_model(cfg), default_scope=cfg.get('default_scope') or 'mmengine',
-                            dataset_meta=dict(dataset_meta or {}), mmptq=dict(about)), 'metadata')
-    metadata = {'format': FORMAT, 'version': str(VERSION), 'content': json.dumps(content)}
+    content = dict(layout, version=VERSION, model=packed_model(cfg), default_scope=cfg.get('default_scope') or 'mmengine',
+                   dataset_meta=_to_json(dict(dataset_meta or {}), 'dataset_meta'), mmptq=_to_json(dict(about), 'mmptq'))
+    metadata = {FORMAT: json.dumps(content)}  # one entry: safetensors would write several in any order
     write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 
@@ -77,17 +77,18 @@ def read_packed(path: str | Path) -> dict[str, Any]:
 
 def _checked(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The content of the metadata, its types checked."""
-    if metadata.get('format') != FORMAT:
+    if FORMAT not in metadata:
         raise QuantizationError('is no packed checkpoint of mmptq')
-    if metadata.get('version') != str(VERSION):
-        raise QuantizationError(f'is a packed checkpoint of version {metadata.get("version")}, this mmptq reads version {VERSION}; '
-                                'update mmptq, or pack the model again')
     try:
-        content = _from_json(json.loads(metadata.get('content', '')))
+        content = _from_json(json.loads(metadata[FORMAT]))
     except (ValueError, RecursionError) as error:
         raise QuantizationError(f'its metadata is no JSON: {error}') from None
+    version = content.get('version') if isinstance(content, dict) else None
+    if version != VERSION:
+        raise QuantizationError(f'is a packed checkpoint of version {version}, this mmptq reads version {VERSION}; update mmptq, or pack '
+                                'the model again')
     for key, kind in CONTENT.items():
-        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+        if not isinstance(content.get(key), kind):
             raise QuantizationError(f'its metadata has no {kind.__name__} {key}')
     bits = Recipe.from_dict(content['mmptq'].get('recipe') or {}).build_quantizer('weight', None).bits
     for name, layout in content['weights'].items():
@@ -131,6 +132,16 @@ def float_model(cfg: Config) -> dict[str, Any]:
     if cfg.get('data_preprocessor'):
         model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))  # as a Runner does
     return model.to_dict()  # type: ignore[no-any-return]
+
+
+def packed_model(cfg: Config) -> dict[str, Any]:
+    """The config of the float model as the metadata has it.
+
+    Raises:
+        QuantizationError: If there is none, or it is not plain data, naming the key.
+    """
+    packed: dict[str, Any] = _to_json(float_model(cfg), 'model')
+    return packed
 
 
 def check_types(model: Any, default_scope: str) -> None:
@@ -178,7 +189,7 @@ def _to_json(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         items = [_to_json(each, f'{where}.{number}') for number, each in enumerate(value)]
         return {'__tuple__': items} if isinstance(value, tuple) else items
-    raise QuantizationError(f'{where} cannot be packed: the metadata holds numbers, text, lists, tuples and dicts with text as keys, not '
+    raise QuantizationError(f'{where} cannot be packed: the file holds numbers, text, lists, tuples and dicts with text as keys, not '
                             f'{value!r}')
 
 

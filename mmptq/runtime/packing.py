@@ -91,8 +91,8 @@ def weight_codes(op: QuantOp, weight: Tensor, name: str) -> Tensor:
     kept = as_kept(values, rescale.scale if isinstance(rescale, Rescale) else None)
     again = kept if rescale is None else rescale.weight(kept)
     if not (torch.equal(values, quantizer(read)) and torch.equal(values, quantizer(again))):
-        raise QuantizationError(f'the weight of {name} cannot be packed: its scales, as small as {float(params["scale"].min()):.3g}, are at '
-                                'the end of what float32 can hold')
+        raise QuantizationError(f'the weight of {name} cannot be packed: its scales, from {float(params["scale"].min()):.3g} on, are at the '
+                                'end of what float32 can hold')
     return codes
 
 
@@ -150,8 +150,8 @@ def _taken(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 def _fits(name: str, value: Tensor, shape: tuple[int, ...], floating: bool) -> None:
     _require(value.shape == shape and value.is_floating_point() == floating and bool(torch.isfinite(value).all()),
-             f'{name} is to hold finite {"floats" if floating else "integers"} of shape {shape}, and has the shape {tuple(value.shape)} and '
-             f'type {value.dtype}')
+             f'{name} is to hold finite {"floats" if floating else "integers"} of shape {shape}, and has the shape {tuple(value.shape)} '
+             f'and type {value.dtype}')
 
 
 def _require(condition: bool, otherwise: str) -> None:

@@ -1,7 +1,9 @@
 """The packed file: what it holds, that it rebuilds the model, what is refused, and that nothing in it runs."""
 import json
 import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -14,11 +16,12 @@ from mmptq import QuantizationError, __version__
 from mmptq.apis import load_packed, load_recipe
 from mmptq.apis.quantize import quantized_config
 from mmptq.backbones import find_spec
-from mmptq.calibration import Call, calibrate
+from mmptq.calibration import Call, calibrate, operations
 from mmptq.engine.packed import check_types, read_packed, write_packed
 
 from ..conftest import SWIN, build_in, fast, image, randomized
 
+ROOT = Path(__file__).parents[2]
 MODEL = dict(
     type='EncoderDecoder', data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64)),
     backbone=dict(SWIN, type='mmseg.SwinTransformer'),
@@ -42,18 +45,21 @@ def packed(tmp_path_factory):
     return model, path, cfg
 
 
-def rewritten(source, target, tensors=None, **changes):
-    """A packed file with other tensors, or with other metadata: a key of safetensors' or, of the content, a function that changes it."""
-    with safetensors.safe_open(source, 'pt') as file:
+def content_of(path):
+    """The metadata of a packed file."""
+    with safetensors.safe_open(path, 'pt') as file:
         metadata = file.metadata()
-    found = safetensors.torch.load_file(source)
+    assert set(metadata) == {'mmptq-packed'}
+    return json.loads(metadata['mmptq-packed'])
+
+
+def rewritten(source, target, tensors=None, content=None):
+    """A packed file whose tensors, or whose metadata, a function changed or replaced by a text."""
+    found, metadata = safetensors.torch.load_file(source), content_of(source)
     if tensors:
         tensors(found)
-    if 'content' in changes:
-        content = json.loads(metadata['content'])
-        content = changes.pop('content')(content) or content
-        metadata['content'] = content if isinstance(content, str) else json.dumps(content)
-    safetensors.torch.save_file(found, target, {key: value for key, value in {**metadata, **changes}.items() if value is not None})
+    text = content and content(metadata)
+    safetensors.torch.save_file(found, target, {'mmptq-packed': text if isinstance(text, str) else json.dumps(metadata)})
     return target
 
 
@@ -77,10 +83,8 @@ def test_the_users_own_config_does_as_well_quantized_or_not(packed):
 
 def test_metadata_is_json_that_says_what_the_file_is(packed):
     model, path, _ = packed
-    with safetensors.safe_open(path, 'pt') as file:
-        metadata, names = file.metadata(), set(file.keys())
-    assert metadata['format'] == 'mmptq-packed' and metadata['version'] == '1'
-    content = json.loads(metadata['content'])
+    content, names = content_of(path), set(safetensors.torch.load_file(path))
+    assert content['version'] == 1
     assert content['mmptq']['version'] == __version__ and content['mmptq']['scope'] == 'backbone'
     assert content['mmptq']['recipe']['name'] == 'adalog_w4a4' and content['mmptq']['bits']['weight'] == 4
     assert content['model']['backbone']['type'] == 'mmseg.SwinTransformer' and content['default_scope'] == 'mmseg'
@@ -96,6 +100,20 @@ def test_metadata_is_json_that_says_what_the_file_is(packed):
     assert back['packed']['model'] == MODEL and back['meta']['dataset_meta']['classes'] == ('a', 'b', 'c')
 
 
+@torch.no_grad()
+def test_the_documented_reader_gets_the_weights_that_are_multiplied(packed):
+    model, path, _ = packed
+    code = re.search(r'```python\n(import json.*?)```', (ROOT / 'docs' / 'packed.md').read_text(), re.S)[1]
+    found = {}
+    exec(code.replace('quantized.safetensors', str(path)), found)
+    ops = {f'{name}.weight': op for name, op in operations(model).items() if 'weight' in op.roles}
+    assert set(found['values']) == set(ops) and any(getattr(op, 'rescale', None) is not None for op in ops.values())
+    for name, op in ops.items():
+        rescale = getattr(op, 'rescale', None)
+        read = op.weight if rescale is None else rescale.weight(op.weight)
+        assert torch.equal(torch.from_numpy(found['values'][name]), op.quantizer('weight')(read))
+
+
 def test_a_runner_reads_it_by_mmengines_loader(packed):
     _, path, _ = packed
     checkpoint = CheckpointLoader.load_checkpoint(str(path), 'cpu', logger='silent')
@@ -103,12 +121,12 @@ def test_a_runner_reads_it_by_mmengines_loader(packed):
 
 
 @pytest.mark.parametrize('changes, part', [
-    (dict(version='2'), 'version 2.*reads version 1'),
-    (dict(version=None), 'version None'),
-    (dict(format='pt'), 'no packed checkpoint'),
+    (dict(content=lambda c: c.update(version=2)), 'version 2.*reads version 1'),
+    (dict(content=lambda c: c.pop('version') and None), 'version None'),
     (dict(content=lambda c: '{"weights": '), 'no JSON'),
     (dict(content=lambda c: '[' * 100_000), 'no JSON'),
-    (dict(content=lambda c: '[]'), 'no dict weights'),
+    (dict(content=lambda c: '[]'), 'version None'),
+    (dict(content=lambda c: c.pop('weights') and None), 'no dict weights'),
     (dict(content=lambda c: c.pop('model') and None), 'no dict model'),
     (dict(content=lambda c: c['mmptq'].pop('recipe') and None), 'recipe'),
     (dict(content=lambda c: c['mmptq'].pop('scope') and None), 'does not say how'),
@@ -120,8 +138,8 @@ def test_a_runner_reads_it_by_mmengines_loader(packed):
     (dict(content=lambda c: c['weights'].popitem() and None), r'weight'),
     (dict(content=lambda c: c['adalog'].append('nothing')), 'nothing'),
     (dict(content=lambda c: c['adalog'].pop() and None), 'mantissa'),
-    (dict(content=lambda c: c['model'].update(backbone=dict(c['model']['backbone'], embed_dims=16))), 'another model.*size mismatch'),
-    (dict(content=lambda c: c['model'].update(backbone=dict(c['model']['backbone'], depths=[1, 1]))), 'parameters of quantizers|another model'),
+    (dict(content=lambda c: c['model']['backbone'].update(embed_dims=16)), 'another model.*size mismatch'),
+    (dict(content=lambda c: c['model']['backbone'].update(depths=[1, 1])), 'parameters of quantizers'),
     (dict(content=lambda c: c['model']['decode_head'].update(colour=1)), 'cannot be built.*colour'),
     (dict(content=lambda c: c['mmptq'].update(scope='model')), 'another model|lacks parameters'),
     (dict(tensors=lambda t: t.pop('backbone.norm1.weight')), r'lacks backbone\.norm1\.weight'),
@@ -200,7 +218,7 @@ def test_a_config_that_is_not_plain_data_cannot_be_packed(packed, tmp_path, valu
     cfg = Config(dict(cfg.to_dict()))
     cfg.model.decode_head['odd'] = value
     about = dict(recipe=load_recipe('minmax_w4a4'))
-    with pytest.raises(QuantizationError, match=r'metadata\.model\.decode_head\.odd'):
+    with pytest.raises(QuantizationError, match=r'model\.decode_head\.odd cannot be packed'):
         write_packed(model, cfg, about, None, tmp_path / 'b.safetensors')
     assert not os.listdir(tmp_path)
 

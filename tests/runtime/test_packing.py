@@ -161,7 +161,7 @@ def test_quantized_weights_must_be_uniform_and_float_ones_stay():
     model, _ = linear()
     model['fc'].weight_quantizer = AdaLogQuantizer(4)
     model['fc'].weight_quantizer.set(scale=torch.tensor(1.0), q=torch.tensor(37.0))
-    with pytest.raises(QuantizationError, match='weight of fc cannot be packed.*AdaLogQuantizer'):
+    with pytest.raises(QuantizationError, match=r'weight of fc cannot be packed.*AdaLogQuantizer'):
         pack_state(model)
     float_weight = load_recipe('minmax_w4a4')
     float_weight['quantizers']['weight'] = dict(type='Float')
