@@ -71,7 +71,8 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
     checkpoint = str(checkpoint)
     loaded = read_checkpoint(checkpoint)
     made = how_made(loaded, checkpoint) or {}
-    recipe_cfg, scope = load_recipe(recipe or made.get('recipe', 'adalog_w4a4')), scope or made.get('scope', 'backbone')
+    recipe_cfg = load_recipe(made.get('recipe', 'adalog_w4a4') if recipe is None else recipe)
+    scope = made.get('scope', 'backbone') if scope is None else scope
     if as_in_paper:
         if calib_cfg is not None:
             raise QuantizationError('the paper protocol calibrates on evaluation images: --calib-cfg has no place in it')

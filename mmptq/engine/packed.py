@@ -48,7 +48,7 @@ def write_packed(model: nn.Module, cfg: Config, about: Mapping[str, Any], datase
     tensors, layout = pack_state(model)
     content = dict(layout, version=VERSION, model=packed_model(cfg), default_scope=cfg.get('default_scope') or 'mmengine',
                    dataset_meta=_to_json(dict(dataset_meta or {}), 'dataset_meta'), mmptq=_to_json(dict(about), 'mmptq'))
-    metadata = {FORMAT: json.dumps(content)}  # one entry: safetensors would write several in any order
+    metadata = {FORMAT: json.dumps(content, sort_keys=True)}  # one entry: safetensors would write several in any order
     write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
 
 

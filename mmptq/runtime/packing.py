@@ -91,8 +91,8 @@ def weight_codes(op: QuantOp, weight: Tensor, name: str) -> Tensor:
     kept = as_kept(values, rescale.scale if isinstance(rescale, Rescale) else None)
     again = kept if rescale is None else rescale.weight(kept)
     if not (torch.equal(values, quantizer(read)) and torch.equal(values, quantizer(again))):
-        raise QuantizationError(f'the weight of {name} cannot be packed: its scales, from {float(params["scale"].min()):.3g} on, are at the '
-                                'end of what float32 can hold')
+        raise QuantizationError(f'the weight of {name} cannot be packed: its scales, from {float(params["scale"].min()):.3g} on, are at '
+                                'the end of what float32 can hold')
     return codes
 
 
