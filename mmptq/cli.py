@@ -1,4 +1,4 @@
-"""The command line: ``mmptq quantize`` and ``mmptq pack``, and what the scripts in tools/ call."""
+"""The command line: ``mmptq quantize``, ``mmptq pack``, ``mmptq convert-checkpoint``, and what the scripts in tools/ call."""
 from __future__ import annotations
 
 import argparse
@@ -11,7 +11,8 @@ from mmengine.dist import is_main_process
 from rich.console import Console
 
 from .analysis.summary import result_table
-from .apis import PAPER_IMAGES, pack, quantize, recipe_names, recipe_of
+from .apis import PAPER_IMAGES, convert_checkpoint, pack, quantize, recipe_names, recipe_of
+from .engine.layouts import LAYOUTS
 from .errors import QuantizationError
 
 
@@ -91,6 +92,22 @@ def run_pack(args: argparse.Namespace) -> None:
     print(f'wrote {path}, {path.stat().st_size / 2**20:.2f} MiB')
 
 
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``mmptq convert-checkpoint``."""
+    parser.add_argument('source', help='checkpoint file, of torch.save or safetensors')
+    parser.add_argument('target', help='the .pth file to write')
+    parser.add_argument('--kind', choices=list(LAYOUTS), help='the layout that the source must have (default: found by its keys)')
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Runs ``mmptq convert-checkpoint``."""
+    done = convert_checkpoint(args.source, args.target, args.kind)
+    print(f'{args.target}: {len(done.state_dict)} weights, the backbone from {done.layout.owner} to {done.layout.target}: '
+          f'{done.renamed} renamed, {done.permuted} permuted, {done.unchanged} as they were, {len(done.dropped)} dropped')
+    for key in done.dropped:
+        print(f'dropped: {key}')
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code, 2 for what the user can mend."""
     parser = argparse.ArgumentParser(prog='mmptq', description=__doc__)
@@ -101,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser('pack', help='write a quantized checkpoint as one small file, its weights packed')
     add_pack_arguments(command)
     command.set_defaults(run=run_pack)
+    command = commands.add_parser('convert-checkpoint', help='convert a Swin or timm checkpoint for mmdet 3 and mmsegmentation 1')
+    add_convert_arguments(command)
+    command.set_defaults(run=run_convert)
     args = parser.parse_args(argv)
     try:
         args.run(args)

@@ -104,18 +104,18 @@ def load_checked(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
         raise QuantizationError(f'{source}: {error}') from None
     except RuntimeError as error:
         mismatches = [line.strip() for line in str(error).splitlines()[1:]]
-        raise QuantizationError(f'{source} is of another model: {_some(mismatches)}') from None
+        raise QuantizationError(f'{source} is of another model: {some(mismatches)}') from None
     missing = [key for key in missing if not key.endswith('num_batches_tracked')]
     if missing:
-        raise QuantizationError(f'{source} is of another model: it lacks {_some(missing)}'
-                                + (f', and has instead {_some(unexpected)}' if unexpected else ''))
+        raise QuantizationError(f'{source} is of another model: it lacks {some(missing)}'
+                                + (f', and has instead {some(unexpected)}' if unexpected else ''))
     quantizers = calibrated_parts(model)
     absent = [f'{name}.{key}' for name, module in quantizers.items() for key in module.param_names if getattr(module, key) is None]
     surplus = [key for key in unexpected if '_quantizer.' in key or '.rescale.' in key]
     if surplus:
-        raise QuantizationError(f'{source} has parameters of quantizers that the recipe does not have: {_some(surplus)}')
+        raise QuantizationError(f'{source} has parameters of quantizers that the recipe does not have: {some(surplus)}')
     if absent and any(module.params is not None for module in quantizers.values()):
-        raise QuantizationError(f'{source} lacks parameters of quantizers: {_some(absent)}')
+        raise QuantizationError(f'{source} lacks parameters of quantizers: {some(absent)}')
     return list(unexpected)
 
 
@@ -148,5 +148,6 @@ def _umask() -> int:
     return mask
 
 
-def _some(names: list[str], most: int = 5) -> str:
+def some(names: list[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
     return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')

@@ -78,7 +78,7 @@ def read_packed(path: str | Path) -> dict[str, Any]:
 def _checked(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The content of the metadata, its types checked."""
     if FORMAT not in metadata:
-        raise QuantizationError('is no packed checkpoint of mmptq')
+        raise QuantizationError('is no packed checkpoint of mmptq (a float one is converted by mmptq convert-checkpoint)')
     try:
         content = _from_json(json.loads(metadata[FORMAT]))
     except (ValueError, RecursionError) as error:

@@ -14,14 +14,17 @@ from torch.utils._pytree import tree_flatten
 from ..calibration.capture import Block, Samples, in_float, with_forwards
 from ..calibration.ranges import least_error
 from ..calibration.replay import replayed
-from ..layers import GeluShift, QuantLinear, QuantMatMul, QuantOp, Rescale, largest_rescale, per_channel_rescale
+from ..layers import GeluShift, QuantLinear, QuantMatMul, QuantOp, Rescale, largest_rescale, per_channel_rescale, prefer_large
 from ..layers.rescale import GELU_MINIMUM
 from ..quantizers import Calibrated, Params, Quantizer, UniformQuantizer
 from .base import require_flags, require_positive
 
-
 FEWEST = 4
 """Calls after which candidates may leave a race."""
+
+
+RANGE_PART = 8
+"""Of so many rows one is for the range of the whole input, about: a row has a value of each channel."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class UQViT:
     alphas: Sequence[float] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
     plain_alphas: Sequence[float | None] = (None, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
     images: int | None = None
-    rows: int = 1024
+    rows: int = 4096
     propagate_error: bool = True
 
     def __post_init__(self) -> None:
@@ -139,12 +142,13 @@ class UQViT:
             largest = largest_magnitudes(quantizer, channels, x)
             plain = torch.ones_like(largest), torch.zeros_like(largest)
             changes = [plain if alpha is None else (largest_rescale(largest, alpha, columns), plain[1]) for alpha in self.plain_alphas]
+        places, weights = prefer_large(torch.linalg.vector_norm(x, dim=1), max(1, self.rows // RANGE_PART), 0.5, weights)
         each = weights.repeat_interleave(x.shape[1])
-        return [Candidate.made(op, x, each, r, b) for r, b in changes]
+        return [Candidate.made(op, x[places], each, r, b) for r, b in changes]
 
 
 def output_errors(block: Block, op: QuantLinear, candidates: Sequence[Candidate], targets: Sequence[Any], images: int | None,
-                  sure: float = 3) -> Tensor:
+                  sure: float = 1.5) -> Tensor:
     """The squared error of the block's output with each candidate, (candidates,), float64; infinite for one that left the race.
 
     Call after call all candidates that are still in the race are compared; one whose errors are surely larger than the best one's

@@ -1,0 +1,14 @@
+"""Our own for integer hardware: every quantizer is uniform. Bits: --recipe mmptq_uniform_w4a4, mmptq_uniform_w3a3, ...
+
+UQ-ViT's DeMax after softmax, AdaLog's reparameterisation after LayerNorm, its search for all scales and zero points, and inputs of each
+block from the quantized blocks before it.
+"""
+_base_ = './minmax.py'
+
+recipe = dict(
+    name='mmptq_uniform',
+    method=dict(_delete_=True, type='AdaLog', propagate_error=True),
+    quantizers=dict(
+        post_norm=dict(rescale='per_channel'),
+        post_softmax=dict(_delete_=True, type='DeMaxQuantizer', side='float16'),
+    ))
