@@ -1,4 +1,4 @@
-"""The command line: ``mmptq quantize``, ``mmptq convert-checkpoint``, and what the scripts in tools/ call."""
+"""The command line: ``mmptq quantize``, ``mmptq pack``, ``mmptq convert-checkpoint``, and what the scripts in tools/ call."""
 from __future__ import annotations
 
 import argparse
@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 from rich.console import Console
 
 from .analysis.summary import result_table
-from .apis import PAPER_IMAGES, convert_checkpoint, quantize, recipe_names, recipe_of
+from .apis import PAPER_IMAGES, convert_checkpoint, pack, quantize, recipe_names, recipe_of
 from .engine.layouts import LAYOUTS
 from .errors import QuantizationError
 
@@ -19,7 +19,7 @@ from .errors import QuantizationError
 def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of mmdet's tools/test.py, and those of quantization."""
     parser.add_argument('config', help='config file of mmdet or mmsegmentation, or package::name')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', help='checkpoint file, float or quantized (.safetensors: packed)')
     parser.add_argument('--work-dir', help='directory for quantized.pth, quantized.py and summary.json')
     parser.add_argument('--out', help='file (mmsegmentation: directory) for the predictions of the quantized model')
     parser.add_argument('--show', action='store_true', help='show predictions')
@@ -31,13 +31,14 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
     group = parser.add_argument_group('quantization')
-    group.add_argument('--recipe', help='METHOD_wXaY (default: adalog_w4a4), a variant of it (adalog_w4a4_fast), or a config file that '
-                       'defines `recipe`')
+    group.add_argument('--recipe', help='METHOD_wXaY (default: adalog_w4a4, or that of a quantized checkpoint), a variant of it '
+                       '(adalog_w4a4_fast), or a config file that defines `recipe`')
     group.add_argument('--method', help=f'instead of --recipe: one of {", ".join(recipe_names())}')
     group.add_argument('--w-bits', type=int, help='with --method: bits of weights, 2 to 8 (default: 4)')
     group.add_argument('--a-bits', type=int, help='with --method: bits of activations, 2 to 8 (default: 4)')
     group.add_argument('--softmax-bits', type=int, help='with --method: bits of attention probabilities (default: those of activations)')
-    group.add_argument('--scope', choices=['backbone', 'model'], help='what is quantized (default: backbone; with --paper-protocol: model)')
+    group.add_argument('--scope', choices=['backbone', 'model'], help='what is quantized (default: backbone, or as in a quantized '
+                       'checkpoint; with --paper-protocol: model)')
     group.add_argument('--calib-images', type=int, help='number of calibration images (default: 32)')
     group.add_argument('--calib-cfg', help='config file whose train_dataloader has the calibration images')
     group.add_argument('--calib-on-test', action='store_true', help='calibrate on evaluation images: a leak, logged as one')
@@ -46,6 +47,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--seed', type=int, default=0, help='seed of the calibration images and token samples (default: 0)')
     group.add_argument('--float-eval', action=argparse.BooleanOptionalAction, default=True, help='evaluate the float model first')
     group.add_argument('--no-eval', action='store_true', help='calibrate and save only')
+    group.add_argument('--pack', action='store_true', help='write quantized.safetensors too, with packed weights')
     group.add_argument('--resume', action='store_true', help='go on after the last block that an interrupted run calibrated')
 
 
@@ -58,22 +60,36 @@ def run_quantize(args: argparse.Namespace) -> None:
         raise QuantizationError('--w-bits, --a-bits and --softmax-bits go with --method')
     if args.paper_protocol and args.calib_images is not None:
         raise QuantizationError(f'--paper-protocol calibrates on {PAPER_IMAGES} evaluation images: drop --calib-images')
-    recipe = args.recipe or ('uqvit_w4a4' if args.paper_protocol else 'adalog_w4a4')
+    recipe = args.recipe or ('uqvit_w4a4' if args.paper_protocol else None)
     if args.method:
         weight_bits, activation_bits = (4 if bits is None else bits for bits in (args.w_bits, args.a_bits))
         recipe = recipe_of(args.method, weight_bits, activation_bits, args.softmax_bits)
     summary = quantize(
-        args.config, args.checkpoint, recipe, scope=args.scope or ('model' if args.paper_protocol else 'backbone'), work_dir=args.work_dir,
+        args.config, args.checkpoint, recipe, scope=args.scope or ('model' if args.paper_protocol else None), work_dir=args.work_dir,
         cfg_options=args.cfg_options, launcher=args.launcher, calib_images=32 if args.calib_images is None else args.calib_images,
         calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, as_in_paper=args.paper_protocol, seed=args.seed,
-        float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, out=args.out, show=args.show, show_dir=args.show_dir,
-        wait_time=args.wait_time, tta=args.tta)
+        float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, pack=args.pack, out=args.out, show=args.show,
+        show_dir=args.show_dir, wait_time=args.wait_time, tta=args.tta)
     if not is_main_process():
         return
     console = Console()
     if not console.is_terminal:
         console.width = 120
     console.print(result_table([summary]))
+
+
+def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``mmptq pack``."""
+    parser.add_argument('config', help='config file that the model was quantized from, or its quantized.py')
+    parser.add_argument('checkpoint', help='quantized.pth')
+    parser.add_argument('--out', help='file to write (default: the checkpoint with the suffix .safetensors)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='changes of the config, key=value')
+
+
+def run_pack(args: argparse.Namespace) -> None:
+    """Runs ``mmptq pack``."""
+    path = pack(args.config, args.checkpoint, args.out, args.cfg_options)
+    print(f'wrote {path}, {path.stat().st_size / 2**20:.2f} MiB')
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser('quantize', help='quantize a detector or segmentor, evaluate and save it')
     add_quantize_arguments(command)
     command.set_defaults(run=run_quantize)
+    command = commands.add_parser('pack', help='write a quantized checkpoint as one small file, its weights packed')
+    add_pack_arguments(command)
+    command.set_defaults(run=run_pack)
     command = commands.add_parser('convert-checkpoint', help='convert a Swin or timm checkpoint for mmdet 3 and mmsegmentation 1')
     add_convert_arguments(command)
     command.set_defaults(run=run_convert)

@@ -20,6 +20,7 @@ MAY_IMPORT = {
 
 MAY_NOT_IMPORT = {
     'backbones': {'engine', 'apis', 'analysis', 'cli'},
+    'runtime': {'engine', 'apis', 'analysis', 'cli'},
     'engine': {'apis', 'cli'},
     'analysis': {'engine', 'apis', 'cli'},
 }

@@ -46,7 +46,7 @@ def layer_rows(model: nn.Module, skipped: Mapping[str, str], sqnr_db: Mapping[st
 def model_size(model: nn.Module) -> dict[str, float]:
     """Size of the weights, MiB: all in float32, and with quantized ones packed at their bits.
 
-    A scale (float32) and a zero point (one byte) are counted for each channel. Nothing is packed on disk.
+    A scale (float32) and a zero point (one byte) are counted for each channel.
     """
     total = 4 * sum(parameter.numel() for parameter in model.parameters())
     saved = 0.0

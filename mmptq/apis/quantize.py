@@ -16,9 +16,10 @@ from mmengine.runner import Runner
 
 from ..backbones.presets import load_recipe, paper_protocol
 from ..engine.calibration import inner_model
-from ..engine.checkpoint import is_calibrated, load_file, safe_loading
+from ..engine.checkpoint import is_calibrated, safe_loading
 from ..engine.data import calibration_dataset, load_config
-from ..engine.hook import PTQHook, load_verified, test_result
+from ..engine.hook import PTQHook, how_made, load_verified, test_result
+from ..engine.packed import read_checkpoint
 from ..errors import QuantizationError
 from .testing import draw_predictions, dump_predictions, test_time_augmentation
 
@@ -28,18 +29,19 @@ PAPER_IMAGES = 2
 _RUNS = itertools.count()
 
 
-def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, Any] = 'adalog_w4a4', *, scope: str = 'backbone',
+def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, Any] | None = None, *, scope: str | None = None,
              work_dir: str | None = None, cfg_options: Mapping[str, Any] | None = None, launcher: str = 'none',
              calib_images: int = 32, calib_cfg: str | None = None, calib_on_test: bool = False, as_in_paper: bool = False, seed: int = 0,
-             float_eval: bool = True, evaluate: bool = True, resume: bool = False, out: str | None = None, show: bool = False,
-             show_dir: str | None = None, wait_time: float = 2, tta: bool = False) -> dict[str, Any]:
+             float_eval: bool = True, evaluate: bool = True, resume: bool = False, pack: bool = False, out: str | None = None,
+             show: bool = False, show_dir: str | None = None, wait_time: float = 2, tta: bool = False) -> dict[str, Any]:
     """Quantizes a detector or segmentor after training, and says what that costs.
 
     Args:
         config: A config of mmdet or mmsegmentation, as a file name, ``package::name`` or object.
-        checkpoint: Its checkpoint, float, or one that this function wrote (then nothing is calibrated).
-        recipe: ``METHOD_wXaY``, a config file that defines ``recipe``, or the recipe itself.
-        scope: ``backbone``, or ``model`` for neck and heads too.
+        checkpoint: Its checkpoint, float, or one that this function wrote, packed or not (then nothing is calibrated).
+        recipe: ``METHOD_wXaY``, a config file that defines ``recipe``, or the recipe itself; by default that of a quantized checkpoint,
+            else ``adalog_w4a4``.
+        scope: ``backbone``, or ``model`` for neck and heads too; by default that of a quantized checkpoint, else ``backbone``.
         work_dir: Where ``quantized.pth``, ``quantized.py`` and ``summary.json`` go; by default
             ``work_dirs/CONFIG_RECIPE``.
         cfg_options: Changes of the config, as in OpenMMLab's tools.
@@ -50,9 +52,10 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         as_in_paper: With a UQ-ViT recipe: as its official detection code, on the first two evaluation images (a leak), inputs of
             convolutions at 8 bits, no NormQuant before fc2. (The published results are of scope ``model``.)
         seed: Of the draw of images and tokens.
-        float_eval: Evaluate the float model first.
+        float_eval: Evaluate the float model first, unless the checkpoint is packed and has none.
         evaluate: Evaluate at all.
         resume: Go on after the last block that an interrupted run in the same work_dir calibrated.
+        pack: Write ``quantized.safetensors`` too, with packed weights.
         out: Where predictions of the quantized model go: a pickle file, for mmsegmentation a directory.
         show: Show predictions.
         show_dir: Where painted predictions go.
@@ -65,12 +68,15 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
     Raises:
         QuantizationError: If something does not fit; before long work where it can be known.
     """
-    recipe_cfg = load_recipe(recipe)
+    checkpoint = str(checkpoint)
+    loaded = read_checkpoint(checkpoint)
+    made = how_made(loaded, checkpoint) or {}
+    recipe_cfg = load_recipe(made.get('recipe', 'adalog_w4a4') if recipe is None else recipe)
+    scope = made.get('scope', 'backbone') if scope is None else scope
     if as_in_paper:
         if calib_cfg is not None:
             raise QuantizationError('the paper protocol calibrates on evaluation images: --calib-cfg has no place in it')
         recipe_cfg, calib_images, calib_on_test = paper_protocol(recipe_cfg), PAPER_IMAGES, True
-    checkpoint = str(checkpoint)
     if scope not in SCOPES:
         raise QuantizationError(f'unknown scope {scope!r}: it is one of {", ".join(SCOPES)}')
     if not 0 <= seed < 2**63:
@@ -85,10 +91,9 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
     check_writable(Path(cfg.work_dir))
     cfg.load_from = checkpoint
     cfg.resume = False
-    loaded = load_file(checkpoint)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     cfg.custom_hooks = [*cfg.custom_hooks, dict(
-        type='mmptq.PTQHook', images=calib_images, seed=seed, on_test=calib_on_test, shuffle=not as_in_paper, resume=resume,
+        type='mmptq.PTQHook', images=calib_images, seed=seed, on_test=calib_on_test, shuffle=not as_in_paper, resume=resume, pack=pack,
         dataset=calibration_dataset(cfg, calib_cfg, calib_on_test))]
     with safe_loading():
         quantized = quantized_config(cfg, recipe_cfg, scope)
@@ -98,7 +103,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         load_verified(inner_model(runner.model), loaded, checkpoint)
         if not is_calibrated(inner_model(runner.model)):
             hook.prepare(runner)
-        if float_eval and evaluate:
+        if float_eval and evaluate and 'packed' not in loaded:
             hook.float_result = evaluate_float(cfg, tta)
         if evaluate:
             runner.test()

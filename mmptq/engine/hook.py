@@ -24,6 +24,7 @@ from . import memory
 from .calibration import calibrate_model, inner_model, quantization
 from .checkpoint import is_calibrated, load_checked, save_atomically, write_atomically
 from .data import CalibrationSet, build_calibration_set, calibration_dataset
+from .packed import packed_model, write_packed
 
 PROGRESS = 'calibration_progress.pth'
 
@@ -43,12 +44,13 @@ class PTQHook(Hook):
         on_test: Calibrate on evaluation images: a leak, said in the log and in the summary.
         shuffle: Draw the images at random; else they are the first ones.
         resume: Go on after the last block that an interrupted run in the same work_dir calibrated.
+        pack: Write ``quantized.safetensors`` too, with packed weights.
     """
 
     priority = 'VERY_LOW'
 
     def __init__(self, images: int = 32, seed: int = 0, dataset: dict[str, Any] | None = None, calib_cfg: str | None = None,
-                 on_test: bool = False, shuffle: bool = True, resume: bool = False) -> None:
+                 on_test: bool = False, shuffle: bool = True, resume: bool = False, pack: bool = False) -> None:
         self.images = images
         self.seed = seed
         self.dataset = dataset
@@ -56,6 +58,7 @@ class PTQHook(Hook):
         self.on_test = on_test
         self.shuffle = shuffle
         self.resume = resume
+        self.pack = pack
         self.summary: dict[str, Any] = {}
         self.float_result: dict[str, Any] | None = None
         self.config: Config | None = None  # what quantized.py is to hold, if not the Runner's config
@@ -78,8 +81,10 @@ class PTQHook(Hook):
 
         Raises:
             QuantizationError: If the data set, or that of the evaluation, cannot be built or is empty, if an image cannot be
-                read, or is evaluated without this being asked for.
+                read, or is evaluated without this being asked for; if the config cannot be packed and is to be.
         """
+        if self.pack:
+            packed_model(self.config or runner.cfg)
         try:
             evaluated = runner.test_loop.dataloader.dataset
         except Exception as error:  # what a config names may raise anything
@@ -102,6 +107,10 @@ class PTQHook(Hook):
         else:
             self._calibrate(runner, model)
         self._write_summary(runner)
+        if self.pack and is_main_process():
+            path = Path(runner.work_dir) / 'quantized.safetensors'
+            write_packed(model, self.config or runner.cfg, self._about(), self._loaded.get('dataset_meta'), path)
+            runner.logger.info(f'wrote {path}')
 
     def before_val(self, runner: Runner) -> None:
         """Raises QuantizationError if the model is not calibrated: only a test calibrates."""
@@ -147,12 +156,14 @@ class PTQHook(Hook):
     def _save(self, runner: Runner, model: Any) -> None:
         work_dir = Path(runner.work_dir)
         meta = {key: value for key, value in (('dataset_meta', self._loaded.get('dataset_meta')),) if value}
-        about = {key: value for key, value in self.summary.items() if key != 'quantized'}
         state = {key: value.cpu() for key, value in model.state_dict().items()}
-        save_atomically({'meta': {**meta, 'mmptq': about}, 'state_dict': state}, work_dir / 'quantized.pth')
+        save_atomically({'meta': {**meta, 'mmptq': self._about()}, 'state_dict': state}, work_dir / 'quantized.pth')
         config = portable_config(self.config or runner.cfg)
         write_atomically(work_dir / 'quantized.py', lambda temporary: Path(temporary).write_text(config.pretty_text))
         runner.logger.info(f'wrote {work_dir / "quantized.pth"} and {work_dir / "quantized.py"}')
+
+    def _about(self) -> dict[str, Any]:
+        return {key: value for key, value in self.summary.items() if key != 'quantized'}
 
     def _write_summary(self, runner: Runner) -> None:
         if is_main_process():
@@ -168,6 +179,7 @@ def portable_config(cfg: Config) -> Config:
     for hook in cfg.custom_hooks:
         if hook['type'] == 'mmptq.PTQHook':
             hook.pop('resume', None)
+            hook.pop('pack', None)
     return cfg
 
 
@@ -184,6 +196,19 @@ def skipped_layers(model: Any, report: ConversionReport) -> dict[str, str]:
     return {f'backbone.{name}': reason for name, reason in report.skipped.items()} | outside
 
 
+def how_made(checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any] | None:
+    """What a quantized checkpoint says of itself; None of a float one.
+
+    Raises:
+        QuantizationError: If it says too little.
+    """
+    meta = checkpoint.get('meta')
+    made = meta.get('mmptq') if isinstance(meta, Mapping) else None
+    if made and not (isinstance(made, Mapping) and {'scope', 'recipe', 'bits', 'calibration', 'size', 'layers'} <= set(made)):
+        raise QuantizationError(f'{source} does not say how it was quantized; it was not written by this version of mmptq')
+    return made or None
+
+
 def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> list[str]:
     """Loads a checkpoint into a converted model, float or calibrated by the model's own recipe.
 
@@ -195,15 +220,15 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
             not finite.
     """
     report = quantization(model)
-    meta = checkpoint.get('meta')
-    made = meta.get('mmptq') if isinstance(meta, Mapping) else None
-    if made and not (isinstance(made, Mapping) and {'scope', 'recipe', 'bits', 'calibration', 'size', 'layers'} <= set(made)):
-        raise QuantizationError(f'{source} does not say how it was quantized; it was not written by this version of mmptq')
+    made = how_made(checkpoint, source)
     if made and (made['scope'] != report.scope or made['recipe'] != report.recipe.to_dict()):
         raise QuantizationError(f'{source} was quantized with recipe {made["recipe"]["name"]}, bits {made["bits"]}, scope {made["scope"]}, '
                                 'and not as asked for; use the float checkpoint, or that recipe and scope')
     surplus = load_checked(model, checkpoint.get('state_dict', checkpoint), source)
-    check_weights(model)
+    try:
+        check_weights(model)
+    except QuantizationError as error:
+        raise QuantizationError(f'{source}: {error}') from None
     if is_calibrated(model) and not made:
         raise QuantizationError(f'{source} has parameters of quantizers, but does not say by which recipe it was made')
     return surplus

@@ -6,6 +6,8 @@ In integer arithmetic they cost nothing: the input's belongs to its quantization
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,15 +21,25 @@ GELU_MINIMUM = 0.16997124254703522
 class Rescale(Calibrated):
     """``x' = x / r - b``, ``W' = W diag(r)``, ``bias' = bias + W' b`` (RepQ-ViT; AdaLog after LayerNorm; NormQuant).
 
-    Parameters: ``scale`` (r) and ``shift`` (b), (in,).
+    Parameters: ``scale`` (r) and ``shift`` (b), (in,). Where the float weight is gone, in a packed model, also ``gain``: its ``W' b``,
+    (out,).
     """
 
     param_names = ('scale', 'shift')
     scale: Tensor | None
     shift: Tensor | None
+    gain: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer('gain', None)
 
     def param_ndim(self) -> int:
         return 1
+
+    def set(self, **params: Tensor) -> None:
+        super().set(**params)
+        self.gain = None
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.scale is None or self.shift is None else torch.addcmul(-self.shift, x, self.scale.reciprocal())
@@ -42,7 +54,14 @@ class Rescale(Calibrated):
 
     def correction(self, weight: Tensor) -> Tensor | None:
         """What the bias gains, from the float weight ``W`` (out, in)."""
-        return None if self.scale is None or self.shift is None else F.linear(self.scale * self.shift, weight)
+        if self.scale is None or self.shift is None:
+            return None
+        return F.linear(self.scale * self.shift, weight) if self.gain is None else self.gain
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        gain = state_dict.get(f'{prefix}gain')
+        self.gain = None if gain is None else torch.empty_like(gain, device=self.place.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class GeluShift(Calibrated):

@@ -1,0 +1,203 @@
+"""The packed checkpoint: one safetensors file with weights as b-bit integers and all that rebuilds the model (docs/packed.md)."""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, TASK_UTILS, WEIGHT_INITIALIZERS, Registry
+from mmengine.runner import CheckpointLoader
+from torch import nn
+
+from ..backbones import Recipe
+from ..errors import QuantizationError
+from ..runtime.packing import pack_state, unpack_state
+from .checkpoint import is_calibrated, load_file, write_atomically
+
+FORMAT, VERSION = 'mmptq-packed', 1
+SUFFIX = '.safetensors'
+CONTENT = {'weights': dict, 'adalog': list, 'model': dict, 'default_scope': str, 'dataset_meta': dict, 'mmptq': dict}
+"""Keys of the metadata, and the type of each."""
+SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
+"""Packages whose classes a model may be built of, beside mmengine, mmcv and those that are imported already."""
+
+
+def write_packed(model: nn.Module, cfg: Config, about: Mapping[str, Any], dataset_meta: Mapping[str, Any] | None, path: Path) -> None:
+    """Writes a calibrated model, whole or not at all.
+
+    Args:
+        model: The detector or segmentor.
+        cfg: The config that it was built from.
+        about: What ``summary.json`` says of it.
+        dataset_meta: What its checkpoint says of its classes.
+        path: The file, ``.safetensors``.
+
+    Raises:
+        QuantizationError: If it is not calibrated, or a weight or the config cannot be written.
+    """
+    if path.suffix != SUFFIX:
+        raise QuantizationError(f'{path}: a packed checkpoint is a {SUFFIX} file')
+    if not is_calibrated(model):
+        raise QuantizationError('the model is not calibrated: there is nothing to pack')
+    tensors, layout = pack_state(model)
+    content = dict(layout, version=VERSION, model=packed_model(cfg), default_scope=cfg.get('default_scope') or 'mmengine',
+                   dataset_meta=_to_json(dict(dataset_meta or {}), 'dataset_meta'), mmptq=_to_json(dict(about), 'mmptq'))
+    metadata = {FORMAT: json.dumps(content, sort_keys=True)}  # one entry: safetensors would write several in any order
+    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+
+
+def read_packed(path: str | Path) -> dict[str, Any]:
+    """A packed checkpoint as ``quantized.pth`` would have it, and under ``packed`` the metadata that this one has no place for.
+
+    Raises:
+        QuantizationError: If the file is missing, truncated or of another kind or version, or something in it is missing or does
+            not fit.
+    """
+    if not Path(path).is_file():
+        raise QuantizationError(f'checkpoint {path} ' + ('is no file' if Path(path).exists() else 'does not exist'))
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise QuantizationError(f'{path} cannot be read as a safetensors file, it is damaged or truncated: {error}') from None
+    try:
+        content = _checked(metadata)
+        state = unpack_state(tensors, content['weights'], content['adalog'])
+    except QuantizationError as error:
+        raise QuantizationError(f'{path}: {error}') from None
+    meta = {'mmptq': content['mmptq'], **({'dataset_meta': content['dataset_meta']} if content['dataset_meta'] else {})}
+    return {'meta': meta, 'state_dict': state, 'packed': {key: content[key] for key in ('model', 'default_scope')}}
+
+
+def _checked(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The content of the metadata, its types checked."""
+    if FORMAT not in metadata:
+        raise QuantizationError('is no packed checkpoint of mmptq (a float one is converted by mmptq convert-checkpoint)')
+    try:
+        content = _from_json(json.loads(metadata[FORMAT]))
+    except (ValueError, RecursionError) as error:
+        raise QuantizationError(f'its metadata is no JSON: {error}') from None
+    version = content.get('version') if isinstance(content, dict) else None
+    if version != VERSION:
+        raise QuantizationError(f'is a packed checkpoint of version {version}, this mmptq reads version {VERSION}; update mmptq, or pack '
+                                'the model again')
+    for key, kind in CONTENT.items():
+        if not isinstance(content.get(key), kind):
+            raise QuantizationError(f'its metadata has no {kind.__name__} {key}')
+    bits = Recipe.from_dict(content['mmptq'].get('recipe') or {}).build_quantizer('weight', None).bits
+    for name, layout in content['weights'].items():
+        if not isinstance(layout, dict) or layout.get('bits') != bits or not _is_shape(layout.get('shape')):
+            raise QuantizationError(f'{name} is to have {bits} bits, as the recipe says, and a shape, not {layout}')
+    if not all(isinstance(name, str) for name in content['adalog']):
+        raise QuantizationError('its list of AdaLog quantizers holds something else than names')
+    return content
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(size, int) and size > 0 for size in value)
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """A checkpoint file's content, packed or not (:func:`load_file`)."""
+    return read_packed(path) if path.endswith(SUFFIX) else load_file(path)
+
+
+@CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$')
+def load_from_packed(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """What a Runner, ours or that of a stock test tool, reads a packed checkpoint by."""
+    return read_packed(Path(filename).expanduser())
+
+
+def float_model(cfg: Config) -> dict[str, Any]:
+    """The config of the float model, of a config that is quantizable or not.
+
+    Raises:
+        QuantizationError: If there is none.
+    """
+    model: Any = deepcopy(cfg.get('model'))
+    while isinstance(model, ConfigDict) and 'backbone' not in model and 'module' in model:  # test-time augmentation
+        model = model.module
+    if isinstance(model, ConfigDict) and model.get('type') == 'mmptq.QuantModel':
+        model = model.model
+    if not isinstance(model, ConfigDict) or 'backbone' not in model:
+        raise QuantizationError('the config defines no model with a backbone')
+    if model.backbone.get('type') == 'mmptq.QuantBackbone':
+        model.backbone = model.backbone.backbone
+    if cfg.get('data_preprocessor'):
+        model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))  # as a Runner does
+    return model.to_dict()  # type: ignore[no-any-return]
+
+
+def packed_model(cfg: Config) -> dict[str, Any]:
+    """The config of the float model as the metadata has it.
+
+    Raises:
+        QuantizationError: If there is none, or it is not plain data, naming the key.
+    """
+    packed: dict[str, Any] = _to_json(float_model(cfg), 'model')
+    return packed
+
+
+def check_types(model: Any, default_scope: str) -> None:
+    """Raises QuantizationError if a config names what no registry of models has: mmengine would import and call it, whatever it is."""
+    for package in SCOPES:
+        try:
+            import_module(f'{package}.registry')
+        except ImportError:
+            pass
+    registries = [registry for root in (MODELS, TASK_UTILS, WEIGHT_INITIALIZERS) for registry in (root, *root.children.values())]
+    scopes = {registry.scope for registry in registries}
+    for key, name in [('_scope_', default_scope), *_names(model)]:
+        if key == '_scope_' and name not in scopes:
+            raise QuantizationError(f'the scope {name!r} is unknown; if it is that of a package of yours, import that first')
+        if key == 'type' and not _is_registered(name, registries):
+            raise QuantizationError(f'the type {name!r} is in no registry; if it is of a package of yours, import that first')
+
+
+def _is_registered(name: Any, registries: list[Registry]) -> bool:
+    """Whether a name without a dot is an identifier (mmcv takes ``nms`` for a type), or one with a dot is registered."""
+    if not isinstance(name, str):
+        return False
+    scope, _, key = name.rpartition('.')
+    if not scope:
+        return key.isidentifier()
+    found = [registry for registry in registries if registry.scope == scope]
+    for registry in found:
+        registry.import_from_location()
+    return any(key in registry.module_dict for registry in found)
+
+
+def _names(value: Any) -> list[tuple[str, Any]]:
+    """All values of ``type`` and ``_scope_`` in a config."""
+    if isinstance(value, dict):
+        return [(key, each) for key, each in value.items() if key in ('type', '_scope_')] + _names(list(value.values()))
+    return [name for each in value for name in _names(each)] if isinstance(value, list | tuple) else []
+
+
+def _to_json(value: Any, where: str) -> Any:
+    """Plain data as JSON has it; a tuple is ``{"__tuple__": [...]}``."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _to_json(each, f'{where}.{key}') for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_to_json(each, f'{where}.{number}') for number, each in enumerate(value)]
+        return {'__tuple__': items} if isinstance(value, tuple) else items
+    raise QuantizationError(f'{where} cannot be packed: the file holds numbers, text, lists, tuples and dicts with text as keys, not '
+                            f'{value!r}')
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {'__tuple__'} and isinstance(value['__tuple__'], list):
+        return tuple(_from_json(value['__tuple__']))
+    return {key: _from_json(each) for key, each in value.items()}

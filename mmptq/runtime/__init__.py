@@ -1,0 +1,1 @@
+"""The calibrated model in integers."""
