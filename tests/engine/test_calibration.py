@@ -57,8 +57,8 @@ def test_memory_is_measured_and_checked(monkeypatch):
 def test_peak_sees_what_was_taken_since():
     peak = memory.Peak(torch.device('cpu'))
     before = peak.mib()
-    held = torch.ones(64 * memory.MIB // 4)
-    assert peak.mib() >= before + 50 and held.sum() > 0
+    held = torch.ones(512 * memory.MIB // 4)  # more than what the kernel may take back of other pages meanwhile
+    assert peak.mib() >= before + 300 and held[-1] > 0
 
 
 # Progress on disk.
