@@ -1,7 +1,7 @@
 """Every Swin and ViT of mmdet and mmsegmentation, in the models of their configs and ours: converted, calibrated, saved, loaded.
 
-Weights are random and images are of 64 x 64 pixels. Depths and widths are the configs' own, but for the large ones (``SHALLOW``), whose
-depth is reduced; BEiT and MAE take images of one size only, so theirs is set (``SMALL``).
+Weights are random and images are of 64 x 64 pixels. Widths are the configs' own, and depths are up to Swin-S and ViT-S; larger ones have
+fewer layers (``SHALLOW``). BEiT and MAE take images of one size only, so theirs is set (``SMALL``).
 """
 import io
 import logging
@@ -29,10 +29,10 @@ ROOT = Path(__file__).parents[1]
 SIZE = 64
 
 SHALLOW = {
-    'swin-l': {'depths': (1, 1, 2, 1)},
-    'setr_vit-l': {'num_layers': 4, 'out_indices': (0, 1, 2, 3)},
-    'segmenter_vit-l': {'num_layers': 2, 'out_indices': (1,)},
-    'beit-large': {'num_layers': 4, 'out_indices': (0, 1, 2, 3)},
+    r'swin-b': {'depths': (2, 2, 3, 2)},
+    r'swin-l': {'depths': (1, 1, 2, 1)},
+    r'(vit|deit)-[bl]|mae-base|beit': {'num_layers': 4, 'out_indices': (0, 1, 2, 3)},
+    r'segmenter_vit-[bl]': {'num_layers': 4, 'out_indices': (3,)},
 }
 SMALL = {'beit': {'img_size': (SIZE, SIZE)}, 'mae-base': {'img_size': (SIZE, SIZE)}}
 FEW = {'dino': {'num_queries': 50}}
@@ -101,7 +101,7 @@ def config_of(name):
         part.init_cfg = None
     for table, target in ((SHALLOW, cfg.model.backbone), (SMALL, cfg.model.backbone), (FEW, cfg.model)):
         for part, changes in table.items():
-            if part in name:
+            if re.search(part, name):
                 target.update(changes)
     init_default_scope(cfg.default_scope)
     return cfg
@@ -173,7 +173,7 @@ class FloatProducts(TorchDispatchMode):
             handle.remove()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self.running and re.search('mm|mv|linear|conv|attention|einsum|dot', func.__name__):
+        if not self.running and re.search(r'^(add|b|baddb)?mm\b|^(add)?mv\b|^linear\b|convolution|dot', func.__name__):
             self.found.append(func.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -203,7 +203,7 @@ def test_backbone_of(name, tmp_path):
     wrapped = quantized_config(cfg, load_recipe('minmax_w4a4'), 'backbone').model
     started = time.process_time()
     again = MODELS.build(wrapped.backbone)
-    assert time.process_time() - started < 2 * build + 2
+    assert time.process_time() - started < build + 2
     model = MODELS.build(wrapped)
     filled(plain), filled(model), again.eval()
     model.backbone.load_state_dict(plain.state_dict(), strict=True)

@@ -121,13 +121,21 @@ class Low(nn.Linear):
     pass
 
 
+class Deformable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 3, 3, 3))
+        self.offset = nn.Conv2d(3, 18, 3)
+
+
 def test_layers_that_stay_float_are_listed_with_a_reason(monkeypatch):
     from mmdet.models import SwinTransformer
     backbone = subclass(SwinTransformer, extra=lambda _: nn.Linear(4, 4), deep=lambda _: nn.Sequential(nn.Conv2d(3, 3, 1)),
-                        line=lambda _: nn.Conv1d(3, 3, 1), other=lambda _: nn.MultiheadAttention(8, 2))
+                        line=lambda _: nn.Conv1d(3, 3, 1), other=lambda _: nn.MultiheadAttention(8, 2),
+                        kernel=lambda _: Deformable(), table=lambda _: nn.Embedding(4, 4))
     backbone.stages[0].blocks[0].attn.w_msa.proj = Low(8, 8)
     report = converted(backbone)
-    assert set(report.skipped) == {'extra', 'deep.0', 'line', 'other', 'stages.0.blocks.0.attn.w_msa.proj'}
+    assert set(report.skipped) == {'extra', 'deep.0', 'line', 'other', 'kernel', 'kernel.offset', 'stages.0.blocks.0.attn.w_msa.proj'}
     assert report.skipped['extra'] == 'its BackboneSpec names no site for it'
     assert report.skipped['stages.0.blocks.0.attn.w_msa.proj'] == 'Low has no quantized form'
     assert unaccounted(backbone, report) == ['other.out_proj']  # inside of an attention that is listed
