@@ -146,8 +146,8 @@ def test_scope_model_quantizes_neck_and_heads_and_says_so(task, tmp_path):
     assert all(rows[name]['reason'] for name in left)
     assert sum(name.split('.')[0] != 'backbone' for name in rows) > 5
     with pytest.raises(QuantizationError, match='scope model'):
-        quantize(task.config, str(tmp_path / 'quantized.pth'), 'minmax_w8a8', work_dir=str(tmp_path), cfg_options=FEW, float_eval=False,
-                 evaluate=False)
+        quantize(task.config, str(tmp_path / 'quantized.pth'), 'minmax_w8a8', scope='backbone', work_dir=str(tmp_path), cfg_options=FEW,
+                 float_eval=False, evaluate=False)
 
 
 def test_killed_run_resumes_with_the_same_result(upernet, tmp_path, monkeypatch):
