@@ -153,7 +153,8 @@ def test_the_error_is_that_of_the_blocks_output():
             assert float(error) == pytest.approx(total, rel=1e-3) and (r >= 1).all()
     raced = uqvit.output_errors(block, module.fc, candidates, targets, None)
     left = raced.isinf()
-    assert left.any() and torch.equal(raced[~left], errors[~left]) and raced.argmin() == errors.argmin()
+    assert left.any() and raced.argmin() == errors.argmin()
+    assert (raced[~left] <= errors[~left]).all()  # a race of one is over
     UQViT().calibrate(block)
     best = int(errors.argmin())  # on all images
     assert torch.equal(module.fc.rescale.scale, candidates[best].rescale['scale'])
