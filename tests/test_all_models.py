@@ -37,6 +37,8 @@ SHALLOW = {
 SMALL = {'beit': {'img_size': (SIZE, SIZE)}, 'mae-base': {'img_size': (SIZE, SIZE)}}
 FEW = {'dino': {'num_queries': 50}}
 """64 x 64 pixels have no 900 places for queries."""
+PROPOSALS = 20
+"""Of a region proposal network; else their heads take most of the time."""
 
 DETECTORS = [
     'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
@@ -103,6 +105,8 @@ def config_of(name):
         for part, changes in table.items():
             if re.search(part, name):
                 target.update(changes)
+    if 'rpn' in cfg.model.test_cfg:
+        cfg.model.test_cfg.rpn.max_per_img = PROPOSALS
     init_default_scope(cfg.default_scope)
     return cfg
 
