@@ -148,6 +148,8 @@ def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Conf
         raise QuantizationError('the config is quantized already; give the original one, or use the test tool of mmdet or mmsegmentation')
     model.pop('pretrained', None)  # the checkpoint has all weights, and a wrapped backbone takes no such argument
     if scope == 'model':
+        if cfg.get('data_preprocessor'):  # a Runner would give it to QuantModel
+            model.setdefault('data_preprocessor', cfg.pop('data_preprocessor'))
         cfg.model = ConfigDict(type='mmptq.QuantModel', model=model, recipe=recipe)
     else:
         model.backbone = ConfigDict(type='mmptq.QuantBackbone', backbone=model.backbone, recipe=recipe)

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 
 from mmptq import QuantizationError
 from mmptq.apis import load_recipe, quantize
+from mmptq.apis.quantize import quantized_config
 from mmptq.engine.checkpoint import load_file, safe_loading
 from mmptq.quantizers import Quantizer
 
@@ -148,6 +149,13 @@ def test_scope_model_quantizes_neck_and_heads_and_says_so(task, tmp_path):
     with pytest.raises(QuantizationError, match='scope model'):
         quantize(task.config, str(tmp_path / 'quantized.pth'), 'minmax_w8a8', scope='backbone', work_dir=str(tmp_path), cfg_options=FEW,
                  float_eval=False, evaluate=False)
+
+
+def test_a_data_preprocessor_beside_the_model_goes_into_it():
+    cfg = Config(dict(model=dict(type='A', backbone=dict(type='B')), data_preprocessor=dict(type='C')))
+    wrapped = quantized_config(cfg, {}, 'model')
+    assert wrapped.model.model.data_preprocessor == dict(type='C') and 'data_preprocessor' not in wrapped
+    assert cfg.data_preprocessor == dict(type='C')
 
 
 def test_killed_run_resumes_with_the_same_result(upernet, tmp_path, monkeypatch):
