@@ -27,8 +27,8 @@ setup(
         'det': ['mmengine>=0.10', 'mmcv>=2.0,<2.2', 'mmdet>=3.3,<4'],
         'seg': ['mmengine>=0.10', 'mmcv>=2.0,<2.2', 'mmsegmentation>=1.2,<2', 'ftfy', 'regex'],
         'timm': ['timm>=1.0'],
-        'onnx': ['onnx', 'onnxruntime'],
-        'test': ['pytest', 'hypothesis', 'ruff', 'mypy'],
+        'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
+        'test': ['pytest', 'hypothesis', 'ruff', 'mypy', 'onnx', 'onnxruntime', 'onnxscript'],
     },
     entry_points={'console_scripts': ['mmptq = mmptq.cli:main']},
 )

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from common import parser, report
 from PIL import Image
-from timm_models import import_timm
 from torch import Tensor, nn
 
 from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe, convert, find_spec
+from mmptq.backbones.timm_import import import_timm
 from mmptq.calibration import Call, calibrate
 
 RECIPES = [f'{method}_w{bits}a{bits}' for bits in (6, 4, 3) for method in ('minmax', 'log2', 'logsqrt2', 'adalog')]

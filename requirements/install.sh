@@ -54,7 +54,7 @@ pip install --quiet --no-build-isolation -e '.[test]'
 rm -rf "$venv/timm"
 pip install --quiet --no-deps --target "$venv/timm" -r requirements/timm.txt
 "$venv/bin/python" -c 'import mmcv.ops, mmdet, mmseg, mmptq' || fail "the installed stack does not import, see above."
-PYTHONPATH=benchmarks "$venv/bin/python" -W ignore -c 'import timm_models; timm_models.import_timm()' \
+"$venv/bin/python" -W ignore -c 'from mmptq.backbones.timm_import import import_timm; import_timm()' \
     || echo "install: timm does not fit $torch (see above): tests of its models will be skipped" >&2
 rm -f "$venv"/.mmptq-*
 touch "$stamp"

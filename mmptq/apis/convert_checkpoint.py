@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..engine.checkpoint import read_file, save_atomically
@@ -47,11 +49,6 @@ def convert_checkpoint(source: str | Path, target: str | Path, kind: str | None 
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise QuantizationError(f'{path} needs the package safetensors to be read: pip install safetensors') from None
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..layers import QuantOp
 from .capture import with_forwards
@@ -16,7 +17,7 @@ class Replay:
     """Answers of the parts of a module that had ended when an operation began.
 
     The first :meth:`run` records them; in later ones these parts are not run but answer the same. So the call must be the same, and
-    nothing may change but the operation and what follows it.
+    nothing may change but the operation and what follows it. Where the module changes an answer in place, all parts run every time.
 
     Args:
         module: The module, or a function.
@@ -25,7 +26,7 @@ class Replay:
 
     def __init__(self, module: Callable[..., Any], first: QuantOp) -> None:
         self.module, self.first = module, first
-        self.answers: list[tuple[nn.Module, Any]] | None = None
+        self.answers: list[tuple[nn.Module, Any, list[int]]] | None = None
         self.recording = False
         self.waiting: dict[nn.Module, deque[Any]] = {}
 
@@ -33,9 +34,9 @@ class Replay:
         """The output of the module."""
         self.recording = self.answers is None
         self.waiting = {}
-        if self.answers is None:
+        if self.answers is None or any(_versions(answer) != versions for _, answer, versions in self.answers):
             self.answers = []
-        for part, answer in [] if self.recording else self.answers:
+        for part, answer, _ in [] if self.recording else self.answers:
             self.waiting.setdefault(part, deque()).append(answer)
         return self.module(*args, **kwargs)
 
@@ -50,8 +51,13 @@ class Replay:
         before = len(self.answers)
         output = own(*args, **kwargs)
         if self.recording:  # the whole part ended before the operation: it answers for its own parts
-            self.answers[before:] = [(part, output)]
+            self.answers[before:] = [(part, output, _versions(output))]
         return output
+
+
+def _versions(answer: Any) -> list[int]:
+    """How often each tensor of an answer was changed in place."""
+    return [leaf._version for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

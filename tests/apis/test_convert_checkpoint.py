@@ -7,12 +7,13 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import load_checkpoint
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.timm_models import import_timm
 from mmptq import QuantizationError
 from mmptq.apis import convert_checkpoint
+from mmptq.backbones.timm_import import import_timm
 from mmptq.cli import main
 
 from ..conftest import build_in, image, randomized
@@ -220,7 +221,6 @@ def save_plain(weights, path):
 
 
 def save_safetensors(weights, path):
-    from safetensors.torch import save_file
     save_file(weights, path.with_suffix('.safetensors'))
     return path.with_suffix('.safetensors')
 
@@ -365,7 +365,6 @@ def test_names_of_files(tmp_path):
 
 
 def test_a_broken_or_absent_safetensors_file(tmp_path):
-    pytest.importorskip('safetensors')
     (tmp_path / 'broken.safetensors').write_bytes(b'no tensors here')
     with pytest.raises(QuantizationError, match=r'broken\.safetensors cannot be read'):
         convert_checkpoint(tmp_path / 'broken.safetensors', tmp_path / 'target.pth')

@@ -103,3 +103,21 @@ def test_a_part_that_runs_before_and_after(given):
             output = replay.run(x)
             torch.testing.assert_close(output, torch.tanh(torch.tanh(torch.tanh(x) @ weight.t() + op.bias) + x))
     assert not torch.equal(output, expected)
+
+
+class InPlace(Twice):
+    """Adds to what a part answered, in place."""
+
+    def forward(self, x):
+        return self.inner(self.act(x).add_(1))
+
+
+@torch.no_grad()
+def test_an_answer_that_is_changed_in_place_is_not_used_again():
+    module, x = InPlace(), torch.randn(3, 4)
+    op = module.inner[0]
+    op.forward = op.float_forward
+    with replayed(module, op) as replay:
+        for factor in (1, 2, 3, 4):
+            op.weight.copy_(factor * torch.eye(4))
+            torch.testing.assert_close(replay.run(x), torch.tanh(factor * (torch.tanh(x) + 1) + op.bias))
