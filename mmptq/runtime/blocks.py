@@ -1,0 +1,223 @@
+"""Transformer blocks in integers, worked through in pieces that stay in the cache.
+
+A block ``x + attention(norm1(x))``, ``x + ffn(norm2(x))`` runs as: codes of the normalized tokens; window by window (a Vision Transformer
+has one) queries, keys and values, both products, codes of the attention's output; piece by piece of tokens the projection and the
+feed-forward network, added to the tokens. Windows are padded, shifted and cut by one index of codes for each size of image.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import SelfAttention
+from .coders import Uniform
+from .kernels import encode, merge_heads, softmax, split_heads
+from .ops import IntegerLinear, IntegerMatMul
+
+PIECE = 2**20
+"""Values of the widest tensor of a piece."""
+
+
+class Windows(NamedTuple):
+    """How the tokens of an image are cut into windows.
+
+    Attributes:
+        index: The token at each place, (windows, length); behind the last one stands the padding.
+        place: The place of each token, (tokens,).
+        regions: Of each place: those of different regions of a window do not see each other, (windows, length).
+    """
+
+    index: Tensor
+    place: Tensor
+    regions: Tensor | None
+
+
+def whole(tokens: int, device: torch.device) -> Windows:
+    """All tokens in one window."""
+    index = torch.arange(tokens, device=device)
+    return Windows(index[None], index, None)
+
+
+def shifted(height: int, width: int, size: int, shift: int, device: torch.device) -> Windows:
+    """Swin's windows of a map (height, width): padded below and on the right, rolled by ``shift``, cut into ``size`` x ``size``."""
+    rows, columns = -(-height // size) * size, -(-width // size) * size
+    token = torch.full((rows, columns), height * width, device=device)
+    token[:height, :width] = torch.arange(height * width, device=device).view(height, width)
+    region = torch.zeros(rows, columns, device=device)
+    if shift:
+        token = token.roll((-shift, -shift), (0, 1))
+        row, column = (torch.zeros(length, device=device) for length in (rows, columns))
+        for line in (row, column):
+            line[-size:-shift] = 1
+            line[-shift:] = 2
+        region = 3 * row[:, None] + column
+
+    def cut(x: Tensor) -> Tensor:
+        return x.view(rows // size, size, columns // size, size).transpose(1, 2).reshape(-1, size * size)
+
+    index = cut(token)
+    place = torch.empty(height * width + 1, dtype=torch.int64, device=device)
+    place[index.flatten()] = torch.arange(index.numel(), device=device)
+    return Windows(index, place[:-1], cut(region) if shift else None)
+
+
+@dataclass
+class Parts:
+    """What a block is made of.
+
+    Attributes:
+        norm1, norm2: Layer norms.
+        qkv, proj, fc1, fc2: Layers.
+        qk, pv: Products.
+        heads: Their number.
+        scale: Of the queries.
+        bias: Added to the scores, (heads, length, length).
+        window: Size and shift of the windows; None: one window.
+        fused: The act is an exact GELU, which oneDNN computes with fc1.
+    """
+
+    norm1: nn.LayerNorm
+    qkv: IntegerLinear
+    qk: IntegerMatMul
+    pv: IntegerMatMul
+    proj: IntegerLinear
+    norm2: nn.LayerNorm
+    fc1: IntegerLinear
+    act: nn.Module
+    fc2: IntegerLinear
+    heads: int
+    scale: float
+    bias: Tensor | None = None
+    window: tuple[int, int] | None = None
+
+    def fit(self) -> bool:
+        """Whether all are what a fused block is written for."""
+        layers = (self.qkv, self.proj, self.fc1, self.fc2)
+        return (all(isinstance(layer, IntegerLinear) for layer in layers) and isinstance(self.qkv.coder, Uniform)
+                and isinstance(self.qk, IntegerMatMul) and isinstance(self.pv, IntegerMatMul)
+                and isinstance(self.qk.left, Uniform) and type(self.norm1) is type(self.norm2) is nn.LayerNorm
+                and isinstance(self.pv.right, Uniform))
+
+
+class IntegerBlock(nn.Module):
+    """A block of a Swin or Vision Transformer; called as the block that it stands for.
+
+    Args:
+        parts: What it is made of.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        for name in ('norm1', 'qkv', 'qk', 'pv', 'proj', 'norm2', 'fc1', 'act', 'fc2'):
+            self.add_module(name, getattr(parts, name))
+        self.heads, self.scale, self.window = parts.heads, parts.scale, parts.window
+        self.register_buffer('bias', parts.bias)
+        self.register_buffer('padding', self.qkv.encode(self.qkv.gain.new_zeros(2, self.qkv.in_features))[:1])
+        self.windows: dict[tuple[int, ...], Windows] = {}
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int] | None = None) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for tokens, target in zip(x, out, strict=True):
+            windows = self._windows(hw_shape, len(tokens), x.device)
+            self._attention(tokens, windows, target)
+            self._feed_forward(target)
+        return out
+
+    def _windows(self, hw_shape: tuple[int, int] | None, tokens: int, device: torch.device) -> Windows:
+        key = (tokens,) if self.window is None or hw_shape is None else tuple(hw_shape)
+        if key not in self.windows:
+            if len(self.windows) >= 8:  # images of any size
+                self.windows.clear()
+            self.windows[key] = whole(tokens, device) if self.window is None else shifted(*key, *self.window, device)
+        return self.windows[key]
+
+    def _attention(self, x: Tensor, windows: Windows, out: Tensor) -> None:
+        """Writes ``x + attention(norm1(x))`` into ``out``, (tokens, channels) both."""
+        channels = x.shape[1]
+        codes = torch.empty(len(x) + 1, channels, dtype=torch.uint8, device=x.device)
+        for piece, target in zip(x.split(rows_of(channels)), codes[:-1].split(rows_of(channels)), strict=True):
+            target.copy_(self.qkv.encode(normalized(self.norm1, piece)))
+        codes[-1:] = self.padding
+        length = windows.index.shape[1]
+        attended = [self._attend(codes[index], regions) for index, regions in
+                    _pieces(windows, rows_of(length * max(3 * channels, self.heads * length)))]
+        ordered = torch.cat(attended).flatten(0, 1)[windows.place]
+        for piece, target, source in zip(ordered.split(rows_of(channels)), out.split(rows_of(channels)), x.split(rows_of(channels)),
+                                         strict=True):
+            torch.add(source, self.proj.multiply(piece), out=target)
+
+    def _attend(self, codes: Tensor, regions: Tensor | None) -> Tensor:
+        """Codes for the projection, (windows, length, channels), from codes for queries, keys and values."""
+        count, length, channels = codes.shape
+        projected = self.qkv.multiply(codes.view(-1, channels)).view(count, length, 3, self.heads, -1)
+        queries, keys, values = split_heads(projected, self.scale, (self.qk.left, self.qk.right, self.pv.right))
+        scores = self.qk.multiply(queries, keys.transpose(-1, -2))
+        probabilities, side = softmax(scores, self.qk.gain, self.bias, regions, self.pv.left)
+        product = self.pv.multiply(probabilities, values)
+        return merge_heads(product, self.pv.gain, values if side is not None else None, side, self.proj.change, self.proj.coder)
+
+    def _feed_forward(self, x: Tensor) -> None:
+        """Adds ``ffn(norm2(x))`` to x, (tokens, channels)."""
+        exact = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
+        for piece in x.split(rows_of(self.fc1.out_features)):
+            hidden = self.fc1.multiply(self.fc1.encode(normalized(self.norm2, piece)), gelu=exact)
+            hidden = hidden if exact else self.act(hidden)
+            piece.add_(self.fc2.multiply(self.fc2.encode(hidden)))
+
+
+def normalized(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A layer norm's output."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def rows_of(width: int) -> int:
+    """Rows of a piece whose widest tensor has so many values in a row."""
+    return max(1, PIECE // width)
+
+
+def _pieces(windows: Windows, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The windows' index and regions, about ``count`` windows at a time, as even as can be."""
+    pieces = -(-len(windows.index) // count)
+    regions: Any = [None] * pieces if windows.regions is None else windows.regions.tensor_split(pieces)
+    return zip(windows.index.tensor_split(pieces), regions, strict=True)
+
+
+def swin_parts(block: Any) -> Parts:
+    """Of mmdet's and mmsegmentation's ``SwinBlock``."""
+    attention = block.attn.w_msa
+    size, shift = block.attn.window_size, block.attn.shift_size
+    index = attention.relative_position_index
+    bias = attention.relative_position_bias_table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).contiguous()
+    return Parts(block.norm1, attention.qkv, attention.qk, attention.pv, attention.proj, block.norm2, *_ffn(block.ffn),
+                 attention.num_heads, attention.scale, bias.detach(), (size, shift))
+
+
+def vit_parts(block: Any) -> Parts:
+    """Of mmsegmentation's ``TransformerEncoderLayer``, its attention written out."""
+    attention: SelfAttention = block.attn.attn
+    scale = (attention.embed_dim // attention.num_heads) ** -0.5
+    return Parts(block.norm1, attention.in_proj, attention.qk, attention.pv, attention.out_proj, block.norm2, *_ffn(block.ffn),  # type: ignore[arg-type]
+                 attention.num_heads, scale)
+
+
+def _ffn(ffn: Any) -> tuple[Any, Any, Any]:
+    """fc1, act and fc2 of mmcv's ``FFN``."""
+    return ffn.layers[0][0], ffn.layers[0][1], ffn.layers[1]
+
+
+BLOCKS = {'mmdet.SwinBlock': swin_parts, 'mmseg.SwinBlock': swin_parts, 'mmseg.TransformerEncoderLayer': vit_parts}
+"""Blocks with a fused form, by ``package.ClassName``."""
+
+
+def fused_block(block: nn.Module) -> IntegerBlock | None:
+    """The fused form of a block whose operations are integer ones, if there is one."""
+    parts = BLOCKS.get(f'{type(block).__module__.split(".")[0]}.{type(block).__name__}')
+    if parts is None:
+        return None
+    found = parts(block)
+    return IntegerBlock(found) if found.fit() else None
