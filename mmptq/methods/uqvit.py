@@ -103,7 +103,7 @@ class UQViT:
         require_positive(self, 'rows', *(['images'] if self.images is not None else []))
         require_flags(self, 'propagate_error')
         for name, values, none in (('alphas', self.alphas, False), ('plain_alphas', self.plain_alphas, True)):
-            if not isinstance(values, list | tuple) or not values or not all(_is_alpha(value) or (none and value is None) for value in values):
+            if not (isinstance(values, list | tuple) and values and all(_is_alpha(value) or (none and value is None) for value in values)):
                 raise ValueError(f'{name} must be a list of numbers from 0 to 1{" or None" * none}, at least one, not {values!r}')
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ class UQViT:
         outputs = block.observe(self.rows, visit)
         rescaled = [name for name, op in order.items() if isinstance(op, QuantLinear) and isinstance(op.rescale, Rescale)]
         if rescaled and not _tensors(outputs):
-            raise QuantizationError(f'{rescaled[0]}: alphas are compared by the output of the block, and {block.name} give no tensors; drop the '
+            raise QuantizationError(f'{rescaled[0]}: alphas are compared by the output of the block, {block.name} give no tensors; drop the '
                                     f'option rescale of the quantizer of site {order[rescaled[0]].sites["input"]}')
         for name, op in order.items():
             if not isinstance(op, QuantLinear) or not isinstance(op.rescale, Rescale):

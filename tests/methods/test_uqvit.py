@@ -266,7 +266,8 @@ def test_results_are_repeatable_and_taken_up_again(family):
 
 @pytest.mark.parametrize('options, named', [
     (dict(alphas=[]), 'alphas'), (dict(alphas=[0, 1.5]), 'alphas'), (dict(alphas=[None]), 'alphas'), (dict(alphas=0.1), 'alphas'),
-    (dict(alphas=['0']), 'alphas'), (dict(alphas=range(2)), 'alphas'), (dict(alphas=[float('nan')]), 'alphas'), (dict(plain_alphas=[-0.1]), 'plain_alphas'),
+    (dict(alphas=['0']), 'alphas'), (dict(alphas=range(2)), 'alphas'),
+    (dict(alphas=[float('nan')]), 'alphas'), (dict(plain_alphas=[-0.1]), 'plain_alphas'),
     (dict(plain_alphas=[]), 'plain_alphas'), (dict(plain_alphas=[True]), 'plain_alphas'), (dict(images=0), 'images'),
     (dict(images=1.5), 'images'), (dict(rows=0), 'rows'), (dict(propagate_error=1), 'propagate_error'),
 ])

@@ -344,7 +344,8 @@ def test_a_length_must_be_finite():
 
 @pytest.mark.parametrize(('options', 'named'), [
     (dict(maxima=0), 'maxima'), (dict(maxima=-1), 'maxima'), (dict(maxima=True), 'maxima'), (dict(maxima=1.5), 'maxima'),
-    (dict(maxima='2'), 'maxima'), (dict(maxima=None), 'maxima'), (dict(side='float64'), 'side'), (dict(side=None), 'side'), (dict(side=['float16']), 'side'),
+    (dict(maxima='2'), 'maxima'), (dict(maxima=None), 'maxima'), (dict(side='float64'), 'side'), (dict(side=None), 'side'),
+    (dict(side=['float16']), 'side'),
     (dict(bits=9), 'bits'), (dict(bits=1), 'bits'), (dict(bits=4.0), 'bits'), (dict(bits=True), 'bits'),
 ], ids=str)
 def test_wrong_options_are_named(options, named):
