@@ -121,8 +121,8 @@ class UQViT:
         outputs = block.observe(self.rows, visit)
         rescaled = [name for name, op in order.items() if isinstance(op, QuantLinear) and isinstance(op.rescale, Rescale)]
         if rescaled and not _tensors(outputs):
-            raise QuantizationError(f'{rescaled[0]}: alphas are compared by the output of the block, {block.name} give no tensors; drop the '
-                                    f'option rescale of the quantizer of site {order[rescaled[0]].sites["input"]}')
+            raise QuantizationError(f'{rescaled[0]}: alphas are compared by the output of the block, {block.name} give no tensors; drop '
+                                    f'the option rescale of the quantizer of site {order[rescaled[0]].sites["input"]}')
         for name, op in order.items():
             if not isinstance(op, QuantLinear) or not isinstance(op.rescale, Rescale):
                 set_ranges(op, block.samples[name], block.weights.get(name))
