@@ -57,8 +57,11 @@ def calibrate(module: nn.Module, names: list[str], inputs: list[Call], method: M
         The results, in forward order.
 
     Raises:
-        QuantizationError: If there are no inputs, a weight or activation is not finite, or two blocks share a layer, naming the layer.
+        QuantizationError: If there are no inputs, a weight or activation is not finite, or two blocks share a layer, naming the layer;
+            or in inference mode.
     """
+    if torch.is_inference_mode_enabled():
+        raise QuantizationError('calibration does not work in torch.inference_mode(): changes in place go unnoticed there; leave it')
     if not inputs:
         raise QuantizationError('the calibration set is empty')
     check_weights(module)

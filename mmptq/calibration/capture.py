@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ..errors import QuantizationError
 from ..layers import QuantOp
@@ -248,7 +248,8 @@ class Stream:
         inputs: Calls of the module.
 
     Raises:
-        QuantizationError: If a block does not run, runs twice, runs out of order, or needs what an earlier one gave.
+        QuantizationError: If a block does not run, runs twice, runs out of order, needs what an earlier one gave, or if its input or
+            output is changed in place.
     """
 
     def __init__(self, module: nn.Module, names: list[str], inputs: list[Call]) -> None:
@@ -288,7 +289,28 @@ class Stream:
 
     def _check_order(self) -> None:
         ran: list[str] = []
-        handles = [self.module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name in self.names]
+        present: list[tuple[str, Any, list[int]]] = []  # the input of the block that runs, or the output of the one before
+
+        def check() -> None:
+            for what, tensors, then in present:
+                if versions(tensors) != then:
+                    raise QuantizationError(f'{what} is changed in place, and calibration needs it again: write x = x + y for x += y')
+
+        def before(name: str, args: Any, kwargs: Any) -> None:
+            check()
+            ran.append(name)
+            present[:] = [(f'the input of block {name}', (args, kwargs), versions((args, kwargs)))]
+
+        def after(name: str, output: Any) -> None:
+            check()
+            present[:] = [(f'the output of block {name}', output, versions(output))]
+
+        handles = []
+        for name in self.names:
+            block = self.module.get_submodule(name)
+            handles.append(block.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: before(name, args, kwargs), with_kwargs=True))
+            handles.append(block.register_forward_hook(lambda _, args, output, name=name: after(name, output)))
         try:
             for call in self.inputs[:1]:
                 self.module(*call.args, **call.kwargs)
@@ -330,6 +352,11 @@ class Stream:
         forwards = [answer(number) for number in range(len(answers))] + [reach]
         with with_forwards(list(zip(blocks, forwards, strict=True))):
             yield reached
+
+
+def versions(tree: Any) -> list[int]:
+    """How often each tensor of a tree was changed in place."""
+    return [leaf._version for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def _hollow(x: Any) -> Any:

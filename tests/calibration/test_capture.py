@@ -159,6 +159,29 @@ def test_the_block_that_did_not_run_is_named():
         run_through(Script('ab', 'abc'), 'abc')
 
 
+class InPlace(Script):
+    """Adds to the input or the output of block b in place."""
+
+    def __init__(self, inside):
+        super().__init__('abc', 'abc')
+        self.inside = inside
+        self.b.register_forward_hook(lambda _, args, output: args[0].add_(output) if inside else None)
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        if not self.inside:
+            x += 1
+        return self.c(x).add_(1)  # nothing needs the last output again
+
+
+@pytest.mark.parametrize(('inside', 'what'), [(True, 'input'), (False, 'output')])
+@torch.no_grad()
+def test_changes_in_place_that_calibration_would_not_survive_are_refused(inside, what):
+    """A block runs several times on its calls, and its outputs are needed as they were."""
+    with pytest.raises(QuantizationError, match=rf'^the {what} of block b is changed in place.*write x = x \+ y'):
+        run_through(InPlace(inside), 'abc')
+
+
 def test_blocks_that_run_for_some_inputs_only_are_refused():
     class Fickle(Script):
         def forward(self, x):
