@@ -12,6 +12,7 @@ import logging
 import os
 import statistics
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ def measure(config: str, repeats: int) -> dict[str, Any]:
     wrapper = cfg.model.backbone
     builds, wraps = [], []
     for _ in range(repeats):
+        plain = deepcopy({**cfg.model, 'backbone': wrapper.backbone})  # DINO adds to its own
         started = time.perf_counter()
-        model = build_float({**cfg.model, 'backbone': wrapper.backbone})
+        model = build_float(plain)
         built = time.perf_counter()
         convert(model.backbone, find_spec(model.backbone), Recipe.from_dict(load_recipe(wrapper.recipe)))
         builds.append(built - started)
