@@ -41,13 +41,16 @@ class IntegerLinear(IntegerOp):
         NotImplementedError: If it cannot be computed so; the text is the reason.
     """
 
+    answers_for_weight = True
+
     def __init__(self, op: QuantLinear) -> None:
         super().__init__()
         self.in_features, self.out_features = op.in_features, op.out_features
         self.coder, self.change = input_coder(op), change(op)
         integers, scale, value = integer_weight(op)
         bias = op.corrected_bias(value)
-        self.register_buffer('bias', None if bias is None else bias.detach().clone())
+        self.register_buffer('offset', None if bias is None else bias.detach().clone())
+        self.biased = op.bias is not None
         self.gain = scale * self.coder.scale  # what one of the sums is worth, (out,)
         if isinstance(self.coder, AdaLog):
             self.path = 'AdaLog table values times integer weights, in float32'
@@ -67,6 +70,11 @@ class IntegerLinear(IntegerOp):
             self.sums = self.weight.sum(1, dtype=torch.int64)
             self.path += ' (_int_mm)'
 
+    @property
+    def bias(self) -> Tensor | None:
+        """What a reader of the layer's bias finds; ``offset`` has also what the rescale adds, with or without a bias."""
+        return self.offset if self.biased else None
+
     def encode(self, x: Tensor) -> Tensor:
         """Codes of an input (rows, in), or AdaLog's table values."""
         return encode(x.float(), self.change, self.coder)  # type: ignore[no-any-return]
@@ -75,7 +83,7 @@ class IntegerLinear(IntegerOp):
         """The output (rows, out) from codes; ``gelu``: through GELU."""
         if isinstance(self.coder, AdaLog):
             out = F.linear(codes, self.weight).mul_(self.gain)
-            out = out if self.bias is None else out.add_(self.bias)
+            out = out if self.offset is None else out.add_(self.offset)
             return F.gelu(out) if gelu else out
         if not len(codes):
             return self.gain.new_zeros(0, self.out_features)
@@ -83,15 +91,15 @@ class IntegerLinear(IntegerOp):
             codes = torch.cat([codes, codes], 1)
         if self.packed is None:
             out = int_mm(codes, self.weight, self.zero_point, self.sums) * self.gain
-            out = out if self.bias is None else out.add_(self.bias)
+            out = out if self.offset is None else out.add_(self.offset)
             return F.gelu(out) if gelu else out
         return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
-            codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias, 1.0, 0, torch.float32,
+            codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.offset, 1.0, 0, torch.float32,
             'gelu' if gelu else 'none', [], 'none')
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, self.in_features)
-        out = self.multiply(self.encode(rows))
+        with torch._C.DisableTorchFunction():  # an attention's mode looks for layers and products of its own
+            out = self.multiply(self.encode(x.reshape(-1, self.in_features)))
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
