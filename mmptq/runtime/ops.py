@@ -31,7 +31,7 @@ class IntegerLinear(IntegerOp):
     """A linear layer: uint8 codes times int8 weights, int32 sums, one float scale for each output.
 
     A weight is kept as ``code - zero_point``. Where 8 bits do not hold all of these (8-bit weights whose zero point is not in the middle),
-    it is the sum of two int8 matrices that read the input twice. AdaLog's input are table values, integers below 2^(b + 1) times powers
+    it is the sum of two int8 matrices that read the input twice (of three where the zero point is 0 and a code 255). AdaLog's input are table values, integers below 2^(b + 1) times powers
     of two; torch has no such product of integers, and they are multiplied in float32, where each product is exact.
 
     Args:
@@ -57,8 +57,8 @@ class IntegerLinear(IntegerOp):
             self.register_buffer('weight', integers.float())
             return
         parts = int8_parts(integers)
-        self.doubled = len(parts) == 2
-        self.path = 'int8' + (', weights in two parts' if self.doubled else '')
+        self.parts = len(parts)
+        self.path = int8_path(self.parts)
         self.register_buffer('weight', torch.cat(parts, 1))
         self.zero_point = int(self.coder.zero)
         if _has_onednn(op.weight.device):
@@ -87,8 +87,8 @@ class IntegerLinear(IntegerOp):
             return F.gelu(out) if gelu else out
         if not len(codes):
             return self.gain.new_zeros(0, self.out_features)
-        if self.doubled:
-            codes = torch.cat([codes, codes], 1)
+        if self.parts > 1:
+            codes = torch.cat([codes] * self.parts, 1)
         if self.packed is None:
             out = int_mm(codes, self.weight, self.zero_point, self.sums) * self.gain
             out = out if self.offset is None else out.add_(self.offset)
@@ -118,10 +118,10 @@ class IntegerConv2d(IntegerOp):
             raise NotImplementedError('AdaLog before a convolution')
         if not _has_onednn(op.weight.device):
             raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
-        if len(parts) == 2 and op.groups > 1:
+        if len(parts) > 1 and op.groups > 1:
             raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
-        self.doubled = len(parts) == 2
-        self.path = 'int8' + (', weights in two parts' if self.doubled else '')
+        self.parts = len(parts)
+        self.path = int8_path(self.parts)
         self.register_buffer('bias', None if op.bias is None else op.bias.detach().clone())
         self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
         self.out_channels, self.kernel = op.out_channels, op.kernel_size
@@ -140,7 +140,7 @@ class IntegerConv2d(IntegerOp):
         if any(self.padding):
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
             codes = _pad(codes, self.padding, mode, self.zero_point)
-        codes = torch.cat([codes, codes], 1) if self.doubled else codes
+        codes = torch.cat([codes] * self.parts, 1) if self.parts > 1 else codes
         out: Tensor = torch.ops.onednn.qconv_pointwise(
             codes.contiguous(memory_format=torch.channels_last), 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias,
             self.stride, [0, 0], self.dilation, self.groups, 1.0, 0, torch.float32, 'none', [], '')
@@ -223,10 +223,15 @@ def integer_weight(op: QuantOp) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def int8_parts(integers: Tensor) -> list[Tensor]:
-    """One int8 tensor, or the fewest whose sum the integers (-255 to 255) are."""
+    """One int8 tensor, or the fewest whose sum the integers are: from -255 to 254 two, with 255 three."""
     low = integers.clamp(-128, 127)
     rest = integers - low
-    return [low.to(torch.int8)] + ([rest.to(torch.int8)] if bool(rest.any()) else [])
+    return [low.to(torch.int8), *(int8_parts(rest) if bool(rest.any()) else [])]
+
+
+def int8_path(parts: int) -> str:
+    """What the report says of weights in so many parts."""
+    return 'int8' + ('' if parts == 1 else f', weights in {["two", "three"][parts - 2]} parts')
 
 
 def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tensor:
@@ -239,7 +244,11 @@ def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tens
         sums: Of the rows of the weight, int64, (out,).
     """
     signed = (codes.to(torch.int16) - 128).to(torch.int8)
-    return torch._int_mm(signed, weight.t()) + ((128 - zero_point) * sums).to(torch.int32)
+    if codes.shape[1] == 1:  # torch._int_mm misreads the transpose of a single column
+        product = signed.to(torch.int32) * weight.t().to(torch.int32)
+    else:
+        product = torch._int_mm(signed, weight.t())
+    return product + ((128 - zero_point) * sums).to(torch.int32)
 
 
 def int_product(left: Tensor, right: Tensor) -> Tensor:
