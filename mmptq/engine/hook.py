@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -184,8 +185,9 @@ def portable_config(cfg: Config) -> Config:
 
 
 def test_result(metrics: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
-    """Metrics, as plain numbers, and seconds of an evaluation."""
-    return dict(metrics={name: float(value) for name, value in (metrics or {}).items()}, seconds=round(seconds, 3))
+    """Metrics, as plain numbers, and seconds of an evaluation; None for NaN, which JSON does not have (a class without objects)."""
+    numbers = {name: float(value) for name, value in (metrics or {}).items()}
+    return dict(metrics={name: None if math.isnan(value) else value for name, value in numbers.items()}, seconds=round(seconds, 3))
 
 
 def skipped_layers(model: Any, report: ConversionReport) -> dict[str, str]:

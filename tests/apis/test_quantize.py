@@ -1,8 +1,5 @@
 """The whole road on the bundled demo: what lands in the work_dir, and that it is what it says."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +14,7 @@ from mmptq.engine.checkpoint import load_file, safe_loading
 from mmptq.quantizers import Quantizer
 
 from ..conftest import fast
-from .conftest import FEW, SHARED
+from .conftest import FEW, SHARED, stock_tool
 
 
 def stock_test(cfg, checkpoint, work_dir):
@@ -98,14 +95,10 @@ def test_quantized_config_belongs_to_no_run(task, quantized):
 
 def test_stock_test_tool_runs_on_the_quantized_config(task, quantized, tmp_path):
     work_dir, summary = quantized
-    package = Path(__import__(task.package).__file__).parent
-    tool = next(path for path in (package / '.mim' / 'tools' / 'test.py', package.parent / 'tools' / 'test.py') if path.exists())
-    done = subprocess.run([sys.executable, str(tool), str(work_dir / 'quantized.py'), str(work_dir / 'quantized.pth'),
-                           '--work-dir', str(tmp_path)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 'no calibration' in done.stdout + done.stderr
-    metrics = json.loads((tmp_path / 'summary.json').read_text())['quantized']['metrics']
-    assert metrics[task.headline] == pytest.approx(summary['quantized']['metrics'][task.headline], abs=1e-3)
+    metrics, output = stock_tool(task.package, work_dir / 'quantized.py', work_dir / 'quantized.pth', tmp_path)
+    assert 'no calibration' in output
+    again = json.loads((tmp_path / 'summary.json').read_text())['quantized']['metrics']
+    assert again == metrics and metrics[task.headline] == pytest.approx(summary['quantized']['metrics'][task.headline], abs=1e-3)
 
 
 @pytest.mark.parametrize('change, named', [
