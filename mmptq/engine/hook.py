@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 
 from ..analysis.summary import layer_rows, model_size
 from ..backbones import ConversionReport
-from ..backbones.convert import layers_with_products
+from ..backbones.convert import IDLE, layers_with_products, leave_float
 from ..calibration import check_weights
 from ..errors import QuantizationError
 from ..registry import HOOKS
@@ -159,7 +159,7 @@ class PTQHook(Hook):
         meta = {key: value for key, value in (('dataset_meta', self._loaded.get('dataset_meta')),) if value}
         state = {key: value.cpu() for key, value in model.state_dict().items()}
         save_atomically({'meta': {**meta, 'mmptq': self._about()}, 'state_dict': state}, work_dir / 'quantized.pth')
-        config = portable_config(self.config or runner.cfg)
+        config = portable_config(self.config or runner.cfg, idle_layers(self.summary))
         write_atomically(work_dir / 'quantized.py', lambda temporary: Path(temporary).write_text(config.pretty_text))
         runner.logger.info(f'wrote {work_dir / "quantized.pth"} and {work_dir / "quantized.py"}')
 
@@ -172,9 +172,19 @@ class PTQHook(Hook):
                              lambda temporary: Path(temporary).write_text(json.dumps(self.summary, indent=2) + '\n'))
 
 
-def portable_config(cfg: Config) -> Config:
-    """A config without what belongs to one run: where it wrote, what it loaded, whether it resumed."""
+def idle_layers(made: Mapping[str, Any]) -> list[str]:
+    """The layers that received nothing in a calibration, by its summary."""
+    return [row['name'] for row in made.get('layers', []) if row['reason'] == IDLE]
+
+
+def portable_config(cfg: Config, idle: list[str]) -> Config:
+    """A config with the layers that stay float, and without what belongs to one run: where it wrote, what it loaded, whether it resumed."""
     cfg = deepcopy(cfg)
+    if idle:
+        model = cfg.model
+        while model.type != 'mmptq.QuantModel':  # test-time augmentation
+            model = model.module
+        model.idle = idle
     for key in ('work_dir', 'load_from'):
         cfg.pop(key, None)
     for hook in cfg.custom_hooks:
@@ -206,7 +216,9 @@ def how_made(checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any] | 
     """
     meta = checkpoint.get('meta')
     made = meta.get('mmptq') if isinstance(meta, Mapping) else None
-    if made and not (isinstance(made, Mapping) and {'scope', 'recipe', 'bits', 'calibration', 'size', 'layers'} <= set(made)):
+    if made and not (isinstance(made, Mapping) and {'scope', 'recipe', 'bits', 'calibration', 'size', 'layers'} <= set(made)
+                     and isinstance(made['layers'], list) and all(isinstance(row, Mapping) and {'name', 'reason'} <= set(row)
+                                                                  for row in made['layers'])):
         raise QuantizationError(f'{source} does not say how it was quantized; it was not written by this version of mmptq')
     return made or None
 
@@ -226,6 +238,10 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
     if made and (made['scope'] != report.scope or made['recipe'] != report.recipe.to_dict()):
         raise QuantizationError(f'{source} was quantized with recipe {made["recipe"]["name"]}, bits {made["bits"]}, scope {made["scope"]}, '
                                 'and not as asked for; use the float checkpoint, or that recipe and scope')
+    try:
+        leave_float(model, report, [name for name in idle_layers(made or {}) if name not in report.skipped])
+    except QuantizationError as error:
+        raise QuantizationError(f'{source}: {error}') from None
     surplus = load_checked(model, checkpoint.get('state_dict', checkpoint), source)
     try:
         check_weights(model)

@@ -51,6 +51,11 @@ def upernet(demo_data):
 
 
 @pytest.fixture(scope='session')
+def mask_rcnn(demo_data):
+    return Task('mask-rcnn_swin-demo')
+
+
+@pytest.fixture(scope='session')
 def quantized(task, tmp_path_factory):
     """Its work_dir after quantization to W4A4 with float and quantized evaluation, and what quantize returned."""
     from mmptq.apis import quantize

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from mmptq import QuantizationError
-from mmptq.apis import load_recipe, quantize
+from mmptq.apis import load_packed, load_recipe, pack, quantize
 from mmptq.apis.quantize import quantized_config
 from mmptq.engine.checkpoint import load_file, safe_loading
 from mmptq.quantizers import Quantizer
@@ -142,6 +143,43 @@ def test_scope_model_quantizes_neck_and_heads_and_says_so(task, tmp_path):
     with pytest.raises(QuantizationError, match='scope model'):
         quantize(task.config, str(tmp_path / 'quantized.pth'), 'minmax_w8a8', scope='backbone', work_dir=str(tmp_path), cfg_options=FEW,
                  float_eval=False, evaluate=False)
+
+
+def test_layers_that_receive_nothing_stay_float_and_are_listed(mask_rcnn, tmp_path, monkeypatch):
+    """A mask head where nothing is found: in the summary, the log, the config, resumed, packed and loaded again."""
+    settings = dict(scope='model', calib_images=2, float_eval=False)
+    nothing = {**FEW, 'model.test_cfg.rcnn.score_thr': 1.1}
+    with monkeypatch.context() as patch:
+        patch.setattr('mmptq.engine.calibration.calibrate', killed)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(mask_rcnn.config, mask_rcnn.checkpoint, 'minmax_w8a8', work_dir=str(tmp_path), cfg_options=nothing, **settings)
+    summary = quantize(mask_rcnn.config, mask_rcnn.checkpoint, 'minmax_w8a8', work_dir=str(tmp_path), cfg_options=nothing, resume=True,
+                       pack=True, evaluate=False, **settings)
+    idle = [row['name'] for row in summary['layers'] if row['reason'] == 'received nothing in calibration']
+    prefix = 'roi_head.mask_head.'
+    assert idle == [f'{prefix}convs.0.conv', f'{prefix}convs.1.conv', f'{prefix}conv_logits']
+    assert [row['name'] for row in summary['layers'] if row['bits'] is None] == [*idle[:2], f'{prefix}upsample', idle[2]]
+    for log in tmp_path.rglob('*.log'):
+        assert f'{", ".join(idle)} received nothing in 2 calibration images and will stay float' in log.read_text()
+    cfg = Config.fromfile(tmp_path / 'quantized.py')
+    assert cfg.model.idle == idle
+    cfg.merge_from_dict({'model.model.test_cfg.rcnn.score_thr': 0.05})
+    runner, metrics = stock_test(cfg.copy(), tmp_path / 'quantized.pth', tmp_path / 'again')
+    assert all(type(runner.model.get_submodule(name)) is torch.nn.Conv2d for name in idle)
+    assert metrics['coco/segm_mAP'] > 0.04  # all 100 images are counted
+    again = quantize(mask_rcnn.config, str(tmp_path / 'quantized.pth'), work_dir=str(tmp_path / 'given'), cfg_options=FEW, **settings)
+    assert again['quantized']['metrics'] == {name: float(value) for name, value in metrics.items()}
+    state = runner.model.state_dict()
+    for model in (load_packed(tmp_path / 'quantized.safetensors'), load_packed(pack(mask_rcnn.config, str(tmp_path / 'quantized.pth')))):
+        found = model.state_dict()
+        assert found.keys() == state.keys() and all(torch.equal(found[f'{name}.weight'], state[f'{name}.weight']) for name in idle)
+    MODELS.build(cfg.model).load_state_dict(state, strict=True)  # as where there is no hook
+    with pytest.raises(QuantizationError, match='lacks parameters of quantizers'):
+        MODELS.build(dict(cfg.model, idle=[])).load_state_dict(state)
+
+
+def killed(*_, **__):
+    raise KeyboardInterrupt
 
 
 def test_a_data_preprocessor_beside_the_model_goes_into_it():
