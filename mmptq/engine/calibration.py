@@ -137,6 +137,14 @@ def backbone_calls(model: Any, batches: Iterable[dict[str, Any]]) -> list[Call]:
     return calls
 
 
+@torch.no_grad()
+def try_backbone(model: Any, batch: dict[str, Any]) -> None:
+    """Runs the backbone on a batch; raises QuantizationError if an attention in it is not what its BackboneSpec says."""
+    model.eval()
+    call = backbone_calls(model, [batch])[0]
+    model.backbone(*call.args, **call.kwargs)
+
+
 def check_memory(block: Block) -> None:
     """Raises QuantizationError if the outputs of a block's calls would surely not fit into memory."""
     free = memory.available()

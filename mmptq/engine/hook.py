@@ -22,7 +22,7 @@ from ..errors import QuantizationError
 from ..registry import HOOKS
 from ..version import __version__
 from . import memory
-from .calibration import calibrate_model, inner_model, quantization
+from .calibration import calibrate_model, inner_model, quantization, try_backbone
 from .checkpoint import is_calibrated, load_checked, save_atomically, write_atomically
 from .data import CalibrationSet, build_calibration_set, calibration_dataset
 from .packed import packed_model, write_packed
@@ -78,11 +78,12 @@ class PTQHook(Hook):
         self._loaded = {'dataset_meta': meta.get('dataset_meta'), 'mmptq': meta.get('mmptq')}
 
     def prepare(self, runner: Runner) -> None:
-        """Draws the calibration images and reads each once, so that what is wrong with them is known before long work.
+        """Draws the calibration images, reads each once and runs the backbone on one, so that what is wrong is known before long work.
 
         Raises:
             QuantizationError: If the data set, or that of the evaluation, cannot be built or is empty, if an image cannot be
-                read, or is evaluated without this being asked for; if the config cannot be packed and is to be.
+                read, or is evaluated without this being asked for; if an attention has other than two products; if the config cannot
+                be packed and is to be.
         """
         if self.pack:
             packed_model(self.config or runner.cfg)
@@ -93,8 +94,10 @@ class PTQHook(Hook):
             raise QuantizationError(f'the test data set or metric of the config cannot be built: {reason}') from error
         dataset = self.dataset or calibration_dataset(runner.cfg, self.calib_cfg, self.on_test)
         self._images = build_calibration_set(dataset, self.images, self.seed, evaluated, self.on_test, self.shuffle)
-        for _ in self._images.batches():
-            pass
+        model = inner_model(runner.model)
+        for number, batch in enumerate(self._images.batches()):
+            if number == 0:
+                try_backbone(model, batch)
         log_images(runner, self._images, self.images)
 
     def before_test(self, runner: Runner) -> None:

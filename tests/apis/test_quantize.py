@@ -7,6 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
+from mmseg.models.backbones.swin import WindowMSA
 
 from mmptq import QuantizationError
 from mmptq.apis import load_packed, load_recipe, pack, quantize
@@ -180,6 +181,18 @@ def test_layers_that_receive_nothing_stay_float_and_are_listed(mask_rcnn, tmp_pa
 
 def killed(*_, **__):
     raise KeyboardInterrupt
+
+
+class OtherAttention(WindowMSA):
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) @ torch.eye(x.shape[-1])
+
+
+def test_an_attention_of_another_kind_is_refused_before_anything_is_evaluated(upernet, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmseg.models.backbones.swin.WindowMSA', OtherAttention)
+    monkeypatch.setitem(quantize.__globals__, 'evaluate_float', pytest.fail)
+    with pytest.raises(QuantizationError, match='OtherAttention multiplies'):
+        quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', work_dir=str(tmp_path), cfg_options=FEW)
 
 
 def test_a_data_preprocessor_beside_the_model_goes_into_it():
