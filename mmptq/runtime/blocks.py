@@ -22,6 +22,9 @@ from .ops import IntegerLinear, IntegerMatMul
 PIECE = 2**20
 """Values of the widest tensor of a piece."""
 
+LEAST = 2048
+"""Tokens of a piece for the feed-forward network, at least: with fewer, reading the weights costs most."""
+
 
 class Windows(NamedTuple):
     """How the tokens of an image are cut into windows.
@@ -138,18 +141,13 @@ class IntegerBlock(nn.Module):
 
     def _attention(self, x: Tensor, windows: Windows, out: Tensor) -> None:
         """Writes ``x + attention(norm1(x))`` into ``out``, (tokens, channels) both."""
-        channels = x.shape[1]
-        codes = torch.empty(len(x) + 1, channels, dtype=torch.uint8, device=x.device)
-        for piece, target in zip(x.split(rows_of(channels)), codes[:-1].split(rows_of(channels)), strict=True):
-            target.copy_(self.qkv.encode(normalized(self.norm1, piece)))
-        codes[-1:] = self.padding
+        channels, rows = x.shape[1], rows_of(x.shape[1])
+        codes = torch.cat([*(self.qkv.encode(normalized(self.norm1, piece)) for piece in x.split(rows)), self.padding])
         length = windows.index.shape[1]
-        attended = [self._attend(codes[index], regions) for index, regions in
-                    _pieces(windows, rows_of(length * max(3 * channels, self.heads * length)))]
-        ordered = torch.cat(attended).flatten(0, 1)[windows.place]
-        for piece, target, source in zip(ordered.split(rows_of(channels)), out.split(rows_of(channels)), x.split(rows_of(channels)),
-                                         strict=True):
-            torch.add(source, self.proj.multiply(piece), out=target)
+        attended = torch.cat([self._attend(codes.index_select(0, index.flatten()).view(*index.shape, -1), regions) for index, regions in
+                              _pieces(windows, rows_of(length * max(3 * channels, self.heads * length)))]).flatten(0, 1)
+        for place, source, target in zip(windows.place.split(rows), x.split(rows), out.split(rows), strict=True):
+            torch.add(source, self.proj.multiply(attended.index_select(0, place)), out=target)
 
     def _attend(self, codes: Tensor, regions: Tensor | None) -> Tensor:
         """Codes for the projection, (windows, length, channels), from codes for queries, keys and values."""
@@ -164,10 +162,61 @@ class IntegerBlock(nn.Module):
     def _feed_forward(self, x: Tensor) -> None:
         """Adds ``ffn(norm2(x))`` to x, (tokens, channels)."""
         exact = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
-        for piece in x.split(rows_of(self.fc1.out_features)):
-            hidden = self.fc1.multiply(self.fc1.encode(normalized(self.norm2, piece)), gelu=exact)
-            hidden = hidden if exact else self.act(hidden)
-            piece.add_(self.fc2.multiply(self.fc2.encode(hidden)))
+        at_once = exact and self.fc1.gives_codes and self.fc2.change is None and isinstance(self.fc2.coder, Uniform)
+        for piece in x.split(max(LEAST, rows_of(self.fc1.out_features))):
+            codes = self.fc1.encode(normalized(self.norm2, piece))
+            if at_once:
+                codes = self.fc1.multiply(codes, True, self.fc2.coder)  # type: ignore[arg-type]
+            else:
+                hidden = self.fc1.multiply(codes, exact)
+                codes = self.fc2.encode(hidden if exact else self.act(hidden))
+            piece.add_(self.fc2.multiply(codes))
+
+
+class IntegerMerging(nn.Module):
+    """Swin's patch merging; called as mmdet's and mmsegmentation's ``PatchMerging``.
+
+    Args:
+        merging: The module.
+        reduction: Its layer, which takes inputs in the order of :func:`merged_order`.
+    """
+
+    def __init__(self, merging: Any, reduction: IntegerLinear) -> None:
+        super().__init__()
+        order = merged_order(merging.in_channels)
+        self.norm = nn.LayerNorm(merging.norm.normalized_shape, merging.norm.eps)
+        self.norm.weight, self.norm.bias = (nn.Parameter(value.detach()[order]) for value in (merging.norm.weight, merging.norm.bias))
+        self.reduction = reduction
+
+    def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        height, width = input_size
+        maps = x.view(len(x), height, width, -1)
+        if height % 2 or width % 2:
+            maps = F.pad(maps, (0, 0, 0, width % 2, 0, height % 2))
+        size = maps.shape[1] // 2, maps.shape[2] // 2
+        # (batch height / 2, 2, width / 2, 2, channels): lines of patches
+        lines = maps.reshape(len(x) * size[0], 2, size[1], 2, -1)
+        out = x.new_empty(len(lines), size[1], self.reduction.out_features)
+        count = max(1, rows_of(x.shape[-1] * 4) // size[1])
+        for piece, target in zip(lines.split(count), out.split(count), strict=True):
+            patches = piece.transpose(1, 2).flatten(0, 1).flatten(1)
+            target.copy_(self.reduction.multiply(self.reduction.encode(normalized(self.norm, patches))).view(target.shape))
+        return out.view(len(x), -1, out.shape[-1]), size
+
+
+def merged_order(channels: int) -> Tensor:
+    """For inputs of patch merging by row, column and channel of a patch, where they are by channel, row and column, (4 channels,)."""
+    return torch.arange(4 * channels).view(channels, 2, 2).permute(1, 2, 0).flatten()
+
+
+def is_merging(module: Any) -> bool:
+    """Whether a module is a patch merging with a fused form."""
+    if _qualified(module) not in MERGINGS:
+        return False
+    sampler = module.sampler
+    return (all(value in (2, (2, 2)) for value in (sampler.kernel_size, sampler.stride)) and sampler.dilation in (1, (1, 1))
+            and sampler.padding in (0, (0, 0)) and getattr(module.adap_padding, 'padding', None) == 'corner'
+            and type(module.norm) is nn.LayerNorm)
 
 
 def normalized(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -213,11 +262,17 @@ def _ffn(ffn: Any) -> tuple[Any, Any, Any]:
 BLOCKS = {'mmdet.SwinBlock': swin_parts, 'mmseg.SwinBlock': swin_parts, 'mmseg.TransformerEncoderLayer': vit_parts}
 """Blocks with a fused form, by ``package.ClassName``."""
 
+MERGINGS = ('mmdet.PatchMerging', 'mmseg.PatchMerging')
+
 
 def fused_block(block: nn.Module) -> IntegerBlock | None:
     """The fused form of a block whose operations are integer ones, if there is one."""
-    parts = BLOCKS.get(f'{type(block).__module__.split(".")[0]}.{type(block).__name__}')
+    parts = BLOCKS.get(_qualified(block))
     if parts is None:
         return None
     found = parts(block)
     return IntegerBlock(found) if found.fit() else None
+
+
+def _qualified(module: nn.Module) -> str:
+    return f'{type(module).__module__.split(".")[0]}.{type(module).__name__}'

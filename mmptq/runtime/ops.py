@@ -16,6 +16,9 @@ from .kernels import encode, softmax_side, with_maxima
 EXACT = 2**24
 """Sums of integers below this are exact in float32, in any order."""
 
+SUMS = 16
+"""Outputs that are added for a sum of the codes: one and, for speed, those that make it a whole vector."""
+
 
 class IntegerOp(nn.Module):
     """An operation whose product is one of integers.
@@ -30,64 +33,113 @@ class IntegerOp(nn.Module):
 class IntegerLinear(IntegerOp):
     """A linear layer: uint8 codes times int8 weights, int32 sums, one float scale for each output.
 
-    A weight is kept as ``code - zero_point``. Where 8 bits do not hold all of these (8-bit weights whose zero point is not in the middle),
-    it is the sum of two int8 matrices that read the input twice. AdaLog's input are table values, integers below 2^(b + 1) times powers
-    of two; torch has no such product of integers, and they are multiplied in float32, where each product is exact.
+    A weight is kept as ``code - zero_point``. int8 does not hold all of these where an 8-bit weight's zero point is not in the middle.
+    Then the weight is the sum of two int8 matrices that read the input twice, or, in a layer with no more outputs than inputs,
+    ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's inputs are table values, integers
+    below 2^(b + 1) times powers of two; torch has no such product of integers, and they are multiplied in float32, where each product
+    of two is exact.
 
     Args:
         op: A calibrated layer.
+        order: Of the inputs, if they will come in another one, (in,).
 
     Raises:
         NotImplementedError: If it cannot be computed so; the text is the reason.
     """
 
-    def __init__(self, op: QuantLinear) -> None:
+    def __init__(self, op: QuantLinear, order: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = op.in_features, op.out_features
         self.coder, self.change = input_coder(op), change(op)
         integers, scale, value = integer_weight(op)
         bias = op.corrected_bias(value)
+        if order is not None:
+            integers = integers[:, order]
+            self.change = None if self.change is None else Change(*(each.expand(len(order))[order] for each in self.change))
         self.register_buffer('bias', None if bias is None else bias.detach().clone())
         self.gain = scale * self.coder.scale  # what one of the sums is worth, (out,)
+        self.packed: Tensor | None = None
+        self.excess: Tensor | None = None
+        self.doubled = False
         if isinstance(self.coder, AdaLog):
             self.path = 'AdaLog table values times integer weights, in float32'
             self.register_buffer('weight', integers.float())
             return
-        parts = int8_parts(integers)
-        self.doubled = len(parts) == 2
-        self.path = 'int8' + (', weights in two parts' if self.doubled else '')
-        self.register_buffer('weight', torch.cat(parts, 1))
         self.zero_point = int(self.coder.zero)
-        if _has_onednn(op.weight.device):
-            self.packed: Tensor | None = torch.ops.onednn.qlinear_prepack(self.weight, None)
-            self.weight_zero = torch.zeros(self.out_features, dtype=torch.int64)
-            self.weight = self.weight[:0]
+        self.path = 'int8'
+        parts = int8_parts(integers)
+        if len(parts) == 1:
+            weight = parts[0]
+        elif self.out_features > self.in_features:
+            self.doubled = True
+            self.path += ', weight in two parts'
+            weight = torch.cat(parts, 1)
         else:
-            self.packed = None
-            self.sums = self.weight.sum(1, dtype=torch.int64)
-            self.path += ' (_int_mm)'
+            self.path += ', weight and sums of the codes'
+            weight = self._with_sums(op, integers)
+        if has_onednn(weight.device):
+            self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
+            self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
+        else:
+            self.path += ', by _int_mm'
+            self.register_buffer('weight', weight)
+            self.sums = weight.sum(1, dtype=torch.int64)
+
+    def _with_sums(self, op: QuantLinear, integers: Tensor) -> Tensor:
+        """``code - 128`` and, beside it, ones; sets what the sums of the codes are worth, (out,)."""
+        params = op.quantizer('weight').params
+        assert params is not None
+        above = 128 - params['zero_point'].reshape(-1).expand(self.out_features)  # what each integer lacks
+        self.excess = self.gain * above
+        ones = integers.new_zeros(SUMS, self.in_features)
+        ones[0] = 1
+        self.gain = torch.cat([self.gain, self.gain.new_ones(SUMS)])
+        self.bias = None if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(SUMS)])
+        return torch.cat([integers - above[:, None].to(integers.dtype), ones]).to(torch.int8)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of an input (rows, in), or AdaLog's table values."""
         return encode(x.float(), self.change, self.coder)  # type: ignore[no-any-return]
 
-    def multiply(self, codes: Tensor, gelu: bool = False) -> Tensor:
-        """The output (rows, out) from codes; ``gelu``: through GELU."""
-        if isinstance(self.coder, AdaLog):
-            out = F.linear(codes, self.weight).mul_(self.gain)
-            out = out if self.bias is None else out.add_(self.bias)
-            return F.gelu(out) if gelu else out
+    def multiply(self, codes: Tensor, gelu: bool = False, coder: Uniform | None = None) -> Tensor:
+        """The output from codes (rows, in).
+
+        Args:
+            codes: From :meth:`encode`.
+            gelu: Through GELU.
+            coder: Codes of the output by this coder of one scale; only if :attr:`gives_codes`.
+
+        Returns:
+            (rows, out), float32 or, with a coder, uint8.
+        """
         if not len(codes):
             return self.gain.new_zeros(0, self.out_features)
         if self.doubled:
             codes = torch.cat([codes, codes], 1)
         if self.packed is None:
+            out = self._plain(codes)
+        else:
+            after = (1.0, 0, torch.float32) if coder is None else (float(coder.scale), int(coder.zero), torch.uint8)
+            out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias,
+                                                     *after, 'gelu' if gelu and self.excess is None else 'none', [], 'none')
+        if self.excess is not None:
+            out = torch.addcmul(out[:, :self.out_features], out[:, self.out_features, None], self.excess)
+        if coder is not None:
+            return out if coder.most == 255 else out.clamp_(max=coder.most)
+        return F.gelu(out) if gelu and (self.packed is None or self.excess is not None) else out
+
+    def _plain(self, codes: Tensor) -> Tensor:
+        """The output without oneDNN."""
+        if isinstance(self.coder, AdaLog):
+            out = F.linear(codes, self.weight).mul_(self.gain)
+        else:
             out = int_mm(codes, self.weight, self.zero_point, self.sums) * self.gain
-            out = out if self.bias is None else out.add_(self.bias)
-            return F.gelu(out) if gelu else out
-        return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
-            codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias, 1.0, 0, torch.float32,
-            'gelu' if gelu else 'none', [], 'none')
+        return out if self.bias is None else out.add_(self.bias)
+
+    @property
+    def gives_codes(self) -> bool:
+        """Whether :meth:`multiply` can give codes."""
+        return self.packed is not None and self.excess is None
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -108,12 +160,12 @@ class IntegerConv2d(IntegerOp):
         parts = int8_parts(integers)
         if not isinstance(self.coder, Uniform):
             raise NotImplementedError('AdaLog before a convolution')
-        if not _has_onednn(op.weight.device):
+        if not has_onednn(op.weight.device):
             raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
         if len(parts) == 2 and op.groups > 1:
             raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
         self.doubled = len(parts) == 2
-        self.path = 'int8' + (', weights in two parts' if self.doubled else '')
+        self.path = 'int8' + (', weight in two parts' if self.doubled else '')
         self.register_buffer('bias', None if op.bias is None else op.bias.detach().clone())
         self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
         self.out_channels, self.kernel = op.out_channels, op.kernel_size
@@ -251,6 +303,6 @@ def _pad(codes: Tensor, padding: list[int], mode: str, zero_point: int) -> Tenso
     return F.pad(codes.float(), padding, mode=mode).to(torch.uint8)
 
 
-def _has_onednn(device: torch.device) -> bool:
+def has_onednn(device: torch.device) -> bool:
     """Whether integer products of oneDNN are there and exact (without VNNI their 16-bit sums saturate)."""
     return device.type == 'cpu' and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
