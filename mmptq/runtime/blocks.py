@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from ..layers import SelfAttention
 from .coders import Uniform
-from .kernels import encode, merge_heads, softmax, split_heads
+from .kernels import merge_heads, softmax, split_heads, with_maxima
 from .ops import IntegerLinear, IntegerMatMul
 
-PIECE = 2**20
-"""Values of the widest tensor of a piece."""
+PIECE = 2**21
+"""Values of the widest tensor of a piece: larger ones leave the cache, smaller ones are not worth a call."""
+
+KEPT = 8
+"""Sizes of images whose windows a block keeps."""
 
 LEAST = 2048
 """Tokens of a piece for the feed-forward network, at least: with fewer, reading the weights costs most."""
@@ -30,20 +33,20 @@ class Windows(NamedTuple):
     """How the tokens of an image are cut into windows.
 
     Attributes:
-        index: The token at each place, (windows, length); behind the last one stands the padding.
+        token: The token at each place, (windows, length); behind the last one stands the padding.
         place: The place of each token, (tokens,).
         regions: Of each place: those of different regions of a window do not see each other, (windows, length).
     """
 
-    index: Tensor
+    token: Tensor
     place: Tensor
     regions: Tensor | None
 
 
 def whole(tokens: int, device: torch.device) -> Windows:
     """All tokens in one window."""
-    index = torch.arange(tokens, device=device)
-    return Windows(index[None], index, None)
+    every = torch.arange(tokens, device=device)
+    return Windows(every[None], every, None)
 
 
 def shifted(height: int, width: int, size: int, shift: int, device: torch.device) -> Windows:
@@ -114,6 +117,18 @@ class IntegerBlock(nn.Module):
         parts: What it is made of.
     """
 
+    norm1: nn.LayerNorm
+    qkv: IntegerLinear
+    qk: IntegerMatMul
+    pv: IntegerMatMul
+    proj: IntegerLinear
+    norm2: nn.LayerNorm
+    fc1: IntegerLinear
+    act: nn.Module
+    fc2: IntegerLinear
+    bias: Tensor | None
+    padding: Tensor
+
     def __init__(self, parts: Parts) -> None:
         super().__init__()
         for name in ('norm1', 'qkv', 'qk', 'pv', 'proj', 'norm2', 'fc1', 'act', 'fc2'):
@@ -121,9 +136,10 @@ class IntegerBlock(nn.Module):
         self.heads, self.scale, self.window = parts.heads, parts.scale, parts.window
         self.register_buffer('bias', parts.bias)
         self.register_buffer('padding', self.qkv.encode(self.qkv.gain.new_zeros(2, self.qkv.in_features))[:1])
-        self.windows: dict[tuple[int, ...], Windows] = {}
+        self.windows: dict[tuple[int, int], Windows] = {}
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int] | None = None) -> Tensor:
+        """Tokens (batch, tokens, channels), of maps of a shape for windows."""
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for tokens, target in zip(x, out, strict=True):
             windows = self._windows(hw_shape, len(tokens), x.device)
@@ -132,18 +148,19 @@ class IntegerBlock(nn.Module):
         return out
 
     def _windows(self, hw_shape: tuple[int, int] | None, tokens: int, device: torch.device) -> Windows:
-        key = (tokens,) if self.window is None or hw_shape is None else tuple(hw_shape)
-        if key not in self.windows:
-            if len(self.windows) >= 8:  # images of any size
+        height, width = (1, tokens) if hw_shape is None else hw_shape
+        if (height, width) not in self.windows:
+            if len(self.windows) >= KEPT:
                 self.windows.clear()
-            self.windows[key] = whole(tokens, device) if self.window is None else shifted(*key, *self.window, device)
-        return self.windows[key]
+            self.windows[height, width] = (whole(tokens, device) if self.window is None
+                                           else shifted(height, width, *self.window, device))
+        return self.windows[height, width]
 
     def _attention(self, x: Tensor, windows: Windows, out: Tensor) -> None:
         """Writes ``x + attention(norm1(x))`` into ``out``, (tokens, channels) both."""
         channels, rows = x.shape[1], rows_of(x.shape[1])
         codes = torch.cat([*(self.qkv.encode(normalized(self.norm1, piece)) for piece in x.split(rows)), self.padding])
-        length = windows.index.shape[1]
+        length = windows.token.shape[1]
         attended = torch.cat([self._attend(codes.index_select(0, index.flatten()).view(*index.shape, -1), regions) for index, regions in
                               _pieces(windows, rows_of(length * max(3 * channels, self.heads * length)))]).flatten(0, 1)
         for place, source, target in zip(windows.place.split(rows), x.split(rows), out.split(rows), strict=True):
@@ -153,11 +170,14 @@ class IntegerBlock(nn.Module):
         """Codes for the projection, (windows, length, channels), from codes for queries, keys and values."""
         count, length, channels = codes.shape
         projected = self.qkv.multiply(codes.view(-1, channels)).view(count, length, 3, self.heads, -1)
-        queries, keys, values = split_heads(projected, self.scale, (self.qk.left, self.qk.right, self.pv.right))
+        coders = self.qk.left, self.qk.right, self.pv.right
+        queries, keys, values = split_heads(projected, self.scale, coders)  # type: ignore[arg-type]
         scores = self.qk.multiply(queries, keys.transpose(-1, -2))
         probabilities, side = softmax(scores, self.qk.gain, self.bias, regions, self.pv.left)
         product = self.pv.multiply(probabilities, values)
-        return merge_heads(product, self.pv.gain, values if side is not None else None, side, self.proj.change, self.proj.coder)
+        if side is not None:
+            product = with_maxima(product, values, side)
+        return merge_heads(product, self.pv.gain, self.proj.change, self.proj.coder)
 
     def _feed_forward(self, x: Tensor) -> None:
         """Adds ``ffn(norm2(x))`` to x, (tokens, channels)."""
@@ -189,6 +209,7 @@ class IntegerMerging(nn.Module):
         self.reduction = reduction
 
     def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (batch, tokens / 4, 2 channels) and the size of their map."""
         height, width = input_size
         maps = x.view(len(x), height, width, -1)
         if height % 2 or width % 2:
@@ -231,9 +252,9 @@ def rows_of(width: int) -> int:
 
 def _pieces(windows: Windows, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The windows' index and regions, about ``count`` windows at a time, as even as can be."""
-    pieces = -(-len(windows.index) // count)
+    pieces = -(-len(windows.token) // count)
     regions: Any = [None] * pieces if windows.regions is None else windows.regions.tensor_split(pieces)
-    return zip(windows.index.tensor_split(pieces), regions, strict=True)
+    return zip(windows.token.tensor_split(pieces), regions, strict=True)
 
 
 def swin_parts(block: Any) -> Parts:

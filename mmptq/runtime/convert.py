@@ -14,7 +14,8 @@ from ..quantizers import Quantizer
 from .blocks import IntegerMerging, fused_block, is_merging, merged_order
 from .ops import IntegerConv2d, IntegerLinear, IntegerMatMul, IntegerOp
 
-INTEGER: dict[type[QuantOp], Callable[..., IntegerOp]] = {QuantLinear: IntegerLinear, QuantConv2d: IntegerConv2d, QuantMatMul: IntegerMatMul}
+INTEGER: dict[type[QuantOp], Callable[..., IntegerOp]] = {
+    QuantLinear: IntegerLinear, QuantConv2d: IntegerConv2d, QuantMatMul: IntegerMatMul}
 
 
 def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
@@ -34,18 +35,18 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
     _check(model, ops)
     device = next(model.parameters()).device
     fuse = fuse and device.type == 'cpu'
-    mergings: dict[nn.Module, Any] = {module.reduction: module for module in model.modules() if fuse and is_merging(module)}
+    mergings: dict[Any, Any] = {module.reduction: module for module in model.modules() if fuse and is_merging(module)}
     replaced: dict[nn.Module, nn.Module] = {}
     paths = {}
     for name, op in ops.items():
         try:
             if isinstance(op, QuantLinear) and op in mergings:
-                integer: IntegerOp = IntegerLinear(op, merged_order(mergings[op].in_channels))
-                replaced[mergings[op]] = IntegerMerging(mergings[op], integer).eval()
+                reduction = IntegerLinear(op, merged_order(mergings[op].in_channels))
+                replaced[mergings[op]] = IntegerMerging(mergings[op], reduction).eval()
+                paths[name] = reduction.path
             else:
-                integer = INTEGER[type(op)](op).eval()
-                replaced[op] = integer
-            paths[name] = integer.path
+                replaced[op] = integer = INTEGER[type(op)](op).eval()
+                paths[name] = integer.path
         except NotImplementedError as reason:
             paths[name] = f'simulated: {reason}'
     _replace(model, replaced)
@@ -76,5 +77,5 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Puts new modules in the places of old ones, wherever these are."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in new:
+            if child is not None and child in new:
                 setattr(parent, name, new[child])

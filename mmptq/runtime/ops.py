@@ -1,8 +1,6 @@
 """Quantized operations as integer products."""
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,6 +44,9 @@ class IntegerLinear(IntegerOp):
     Raises:
         NotImplementedError: If it cannot be computed so; the text is the reason.
     """
+
+    bias: Tensor | None
+    weight: Tensor
 
     def __init__(self, op: QuantLinear, order: Tensor | None = None) -> None:
         super().__init__()
@@ -142,11 +143,13 @@ class IntegerLinear(IntegerOp):
         return self.packed is not None and self.excess is None
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the dtype of the input."""
         rows = x.reshape(-1, self.in_features)
         out = self.multiply(self.encode(rows))
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """Sizes and path."""
         return f'{self.in_features}, {self.out_features}, {self.path}'
 
 
@@ -177,6 +180,7 @@ class IntegerConv2d(IntegerOp):
         self.weight_zero = torch.zeros(self.out_channels, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width), in the dtype of the input."""
         dtype, shape = x.dtype, x.shape
         if not len(x):
             raise QuantizationError('a convolution got a batch of 0 images')
@@ -222,6 +226,7 @@ class IntegerMatMul(IntegerOp):
         return out
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product, in the dtype of the left operand."""
         assert isinstance(self.right, Uniform)
         values = self.right.integers(right.float())
         if isinstance(self.left, DeMax):
