@@ -47,6 +47,7 @@ class Block:
         ops: The operations to calibrate, by name.
         seed: Of the samples.
         float_calls: Its calls in the float model, if they differ.
+        some_idle: Whether operations may receive nothing; they are then no longer among its ``ops``. Else that is an error.
 
     Attributes:
         samples: A sample of each operation's activations.
@@ -55,13 +56,14 @@ class Block:
     """
 
     def __init__(self, name: str, module: Callable[..., Any], calls: list[Call], ops: dict[str, QuantOp], seed: int = 0,
-                 float_calls: list[Call] | None = None) -> None:
+                 float_calls: list[Call] | None = None, some_idle: bool = False) -> None:
         self.name = name
         self.module = module
         self.calls = calls
         self.ops = ops
         self.seed = seed
         self.float_calls = calls if float_calls is None else float_calls
+        self.some_idle = some_idle
         self.samples: dict[str, Samples] = {}
         self.weights: dict[str, Tensor] = {}
         self.float_weights: dict[str, Tensor] = {}
@@ -93,7 +95,7 @@ class Block:
             The outputs of the float model.
 
         Raises:
-            QuantizationError: If an activation or output is not finite, naming the operation, or an operation does not run.
+            QuantizationError: If an activation or output is not finite, naming the operation, or an operation does not run that has to.
         """
         generator = torch.Generator().manual_seed(self.seed)
         rows_a_call = -(-rows // max(len(self.calls), 1))
@@ -114,10 +116,11 @@ class Block:
         with in_float(self.ops), listening(self.ops, keep):
             outputs = self.run()
         idle = [name for name, found in samples.items() if not found]
-        if idle:
+        if idle and not self.some_idle:
             raise QuantizationError(f'{", ".join(idle)} received nothing in {len(self.calls)} calibration images; use more or other '
                                     'images (--calib-images, --calib-cfg)')
-        self.samples = {name: merge(found) for name, found in samples.items()}
+        self.ops = {name: op for name, op in self.ops.items() if samples[name]}
+        self.samples = {name: merge(samples[name]) for name in self.ops}
         self.weights = {name: torch.cat(found) for name, found in weights.items() if found}
         for name, op in self.ops.items():
             if not all(bool(torch.isfinite(op.compute(*op.operands(*sample)).square().sum())) for sample in self.samples[name]):

@@ -16,31 +16,37 @@ from torch import Tensor, nn
 
 from ..layers import SelfAttention
 from .coders import Uniform
-from .kernels import encode, merge_heads, softmax, split_heads
+from .kernels import merge_heads, softmax, split_heads, with_maxima
 from .ops import IntegerLinear, IntegerMatMul
 
-PIECE = 2**20
-"""Values of the widest tensor of a piece."""
+PIECE = 2**21
+"""Values of the widest tensor of a piece: larger ones leave the cache, smaller ones are not worth a call."""
+
+KEPT = 8
+"""Sizes of images whose windows a block keeps."""
+
+LEAST = 2048
+"""Tokens of a piece for the feed-forward network, at least: with fewer, reading the weights costs most."""
 
 
 class Windows(NamedTuple):
     """How the tokens of an image are cut into windows.
 
     Attributes:
-        index: The token at each place, (windows, length); behind the last one stands the padding.
+        token: The token at each place, (windows, length); behind the last one stands the padding.
         place: The place of each token, (tokens,).
         regions: Of each place: those of different regions of a window do not see each other, (windows, length).
     """
 
-    index: Tensor
+    token: Tensor
     place: Tensor
     regions: Tensor | None
 
 
 def whole(tokens: int, device: torch.device) -> Windows:
     """All tokens in one window."""
-    index = torch.arange(tokens, device=device)
-    return Windows(index[None], index, None)
+    every = torch.arange(tokens, device=device)
+    return Windows(every[None], every, None)
 
 
 def shifted(height: int, width: int, size: int, shift: int, device: torch.device) -> Windows:
@@ -111,6 +117,18 @@ class IntegerBlock(nn.Module):
         parts: What it is made of.
     """
 
+    norm1: nn.LayerNorm
+    qkv: IntegerLinear
+    qk: IntegerMatMul
+    pv: IntegerMatMul
+    proj: IntegerLinear
+    norm2: nn.LayerNorm
+    fc1: IntegerLinear
+    act: nn.Module
+    fc2: IntegerLinear
+    bias: Tensor | None
+    padding: Tensor
+
     def __init__(self, parts: Parts) -> None:
         super().__init__()
         for name in ('norm1', 'qkv', 'qk', 'pv', 'proj', 'norm2', 'fc1', 'act', 'fc2'):
@@ -118,9 +136,10 @@ class IntegerBlock(nn.Module):
         self.heads, self.scale, self.window = parts.heads, parts.scale, parts.window
         self.register_buffer('bias', parts.bias)
         self.register_buffer('padding', self.qkv.encode(self.qkv.gain.new_zeros(2, self.qkv.in_features))[:1])
-        self.windows: dict[tuple[int, ...], Windows] = {}
+        self.windows: dict[tuple[int, int], Windows] = {}
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int] | None = None) -> Tensor:
+        """Tokens (batch, tokens, channels), of maps of a shape for windows."""
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for tokens, target in zip(x, out, strict=True):
             windows = self._windows(hw_shape, len(tokens), x.device)
@@ -129,45 +148,96 @@ class IntegerBlock(nn.Module):
         return out
 
     def _windows(self, hw_shape: tuple[int, int] | None, tokens: int, device: torch.device) -> Windows:
-        key = (tokens,) if self.window is None or hw_shape is None else tuple(hw_shape)
-        if key not in self.windows:
-            if len(self.windows) >= 8:  # images of any size
+        height, width = (1, tokens) if hw_shape is None else hw_shape
+        if (height, width) not in self.windows:
+            if len(self.windows) >= KEPT:
                 self.windows.clear()
-            self.windows[key] = whole(tokens, device) if self.window is None else shifted(*key, *self.window, device)
-        return self.windows[key]
+            self.windows[height, width] = (whole(tokens, device) if self.window is None
+                                           else shifted(height, width, *self.window, device))
+        return self.windows[height, width]
 
     def _attention(self, x: Tensor, windows: Windows, out: Tensor) -> None:
         """Writes ``x + attention(norm1(x))`` into ``out``, (tokens, channels) both."""
-        channels = x.shape[1]
-        codes = torch.empty(len(x) + 1, channels, dtype=torch.uint8, device=x.device)
-        for piece, target in zip(x.split(rows_of(channels)), codes[:-1].split(rows_of(channels)), strict=True):
-            target.copy_(self.qkv.encode(normalized(self.norm1, piece)))
-        codes[-1:] = self.padding
-        length = windows.index.shape[1]
-        attended = [self._attend(codes[index], regions) for index, regions in
-                    _pieces(windows, rows_of(length * max(3 * channels, self.heads * length)))]
-        ordered = torch.cat(attended).flatten(0, 1)[windows.place]
-        for piece, target, source in zip(ordered.split(rows_of(channels)), out.split(rows_of(channels)), x.split(rows_of(channels)),
-                                         strict=True):
-            torch.add(source, self.proj.multiply(piece), out=target)
+        channels, rows = x.shape[1], rows_of(x.shape[1])
+        codes = torch.cat([*(self.qkv.encode(normalized(self.norm1, piece)) for piece in x.split(rows)), self.padding])
+        length = windows.token.shape[1]
+        attended = torch.cat([self._attend(codes.index_select(0, index.flatten()).view(*index.shape, -1), regions) for index, regions in
+                              _pieces(windows, rows_of(length * max(3 * channels, self.heads * length)))]).flatten(0, 1)
+        for place, source, target in zip(windows.place.split(rows), x.split(rows), out.split(rows), strict=True):
+            torch.add(source, self.proj.multiply(attended.index_select(0, place)), out=target)
 
     def _attend(self, codes: Tensor, regions: Tensor | None) -> Tensor:
         """Codes for the projection, (windows, length, channels), from codes for queries, keys and values."""
         count, length, channels = codes.shape
         projected = self.qkv.multiply(codes.view(-1, channels)).view(count, length, 3, self.heads, -1)
-        queries, keys, values = split_heads(projected, self.scale, (self.qk.left, self.qk.right, self.pv.right))
+        coders = self.qk.left, self.qk.right, self.pv.right
+        queries, keys, values = split_heads(projected, self.scale, coders)  # type: ignore[arg-type]
         scores = self.qk.multiply(queries, keys.transpose(-1, -2))
         probabilities, side = softmax(scores, self.qk.gain, self.bias, regions, self.pv.left)
         product = self.pv.multiply(probabilities, values)
-        return merge_heads(product, self.pv.gain, values if side is not None else None, side, self.proj.change, self.proj.coder)
+        if side is not None:
+            product = with_maxima(product, values, side)
+        return merge_heads(product, self.pv.gain, self.proj.change, self.proj.coder)
 
     def _feed_forward(self, x: Tensor) -> None:
         """Adds ``ffn(norm2(x))`` to x, (tokens, channels)."""
         exact = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
-        for piece in x.split(rows_of(self.fc1.out_features)):
-            hidden = self.fc1.multiply(self.fc1.encode(normalized(self.norm2, piece)), gelu=exact)
-            hidden = hidden if exact else self.act(hidden)
-            piece.add_(self.fc2.multiply(self.fc2.encode(hidden)))
+        at_once = exact and self.fc1.gives_codes and self.fc2.change is None and isinstance(self.fc2.coder, Uniform)
+        for piece in x.split(max(LEAST, rows_of(self.fc1.out_features))):
+            codes = self.fc1.encode(normalized(self.norm2, piece))
+            if at_once:
+                codes = self.fc1.multiply(codes, True, self.fc2.coder)  # type: ignore[arg-type]
+            else:
+                hidden = self.fc1.multiply(codes, exact)
+                codes = self.fc2.encode(hidden if exact else self.act(hidden))
+            piece.add_(self.fc2.multiply(codes))
+
+
+class IntegerMerging(nn.Module):
+    """Swin's patch merging; called as mmdet's and mmsegmentation's ``PatchMerging``.
+
+    Args:
+        merging: The module.
+        reduction: Its layer, which takes inputs in the order of :func:`merged_order`.
+    """
+
+    def __init__(self, merging: Any, reduction: IntegerLinear) -> None:
+        super().__init__()
+        order = merged_order(merging.in_channels)
+        self.norm = nn.LayerNorm(merging.norm.normalized_shape, merging.norm.eps)
+        self.norm.weight, self.norm.bias = (nn.Parameter(value.detach()[order]) for value in (merging.norm.weight, merging.norm.bias))
+        self.reduction = reduction
+
+    def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (batch, tokens / 4, 2 channels) and the size of their map."""
+        height, width = input_size
+        maps = x.view(len(x), height, width, -1)
+        if height % 2 or width % 2:
+            maps = F.pad(maps, (0, 0, 0, width % 2, 0, height % 2))
+        size = maps.shape[1] // 2, maps.shape[2] // 2
+        # (batch height / 2, 2, width / 2, 2, channels): lines of patches
+        lines = maps.reshape(len(x) * size[0], 2, size[1], 2, -1)
+        out = x.new_empty(len(lines), size[1], self.reduction.out_features)
+        count = max(1, rows_of(x.shape[-1] * 4) // size[1])
+        for piece, target in zip(lines.split(count), out.split(count), strict=True):
+            patches = piece.transpose(1, 2).flatten(0, 1).flatten(1)
+            target.copy_(self.reduction.multiply(self.reduction.encode(normalized(self.norm, patches))).view(target.shape))
+        return out.view(len(x), -1, out.shape[-1]), size
+
+
+def merged_order(channels: int) -> Tensor:
+    """For inputs of patch merging by row, column and channel of a patch, where they are by channel, row and column, (4 channels,)."""
+    return torch.arange(4 * channels).view(channels, 2, 2).permute(1, 2, 0).flatten()
+
+
+def is_merging(module: Any) -> bool:
+    """Whether a module is a patch merging with a fused form."""
+    if _qualified(module) not in MERGINGS:
+        return False
+    sampler = module.sampler
+    return (all(value in (2, (2, 2)) for value in (sampler.kernel_size, sampler.stride)) and sampler.dilation in (1, (1, 1))
+            and sampler.padding in (0, (0, 0)) and getattr(module.adap_padding, 'padding', None) == 'corner'
+            and type(module.norm) is nn.LayerNorm)
 
 
 def normalized(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -182,9 +252,9 @@ def rows_of(width: int) -> int:
 
 def _pieces(windows: Windows, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The windows' index and regions, about ``count`` windows at a time, as even as can be."""
-    pieces = -(-len(windows.index) // count)
+    pieces = -(-len(windows.token) // count)
     regions: Any = [None] * pieces if windows.regions is None else windows.regions.tensor_split(pieces)
-    return zip(windows.index.tensor_split(pieces), regions, strict=True)
+    return zip(windows.token.tensor_split(pieces), regions, strict=True)
 
 
 def swin_parts(block: Any) -> Parts:
@@ -213,11 +283,17 @@ def _ffn(ffn: Any) -> tuple[Any, Any, Any]:
 BLOCKS = {'mmdet.SwinBlock': swin_parts, 'mmseg.SwinBlock': swin_parts, 'mmseg.TransformerEncoderLayer': vit_parts}
 """Blocks with a fused form, by ``package.ClassName``."""
 
+MERGINGS = ('mmdet.PatchMerging', 'mmseg.PatchMerging')
+
 
 def fused_block(block: nn.Module) -> IntegerBlock | None:
     """The fused form of a block whose operations are integer ones, if there is one."""
-    parts = BLOCKS.get(f'{type(block).__module__.split(".")[0]}.{type(block).__name__}')
+    parts = BLOCKS.get(_qualified(block))
     if parts is None:
         return None
     found = parts(block)
     return IntegerBlock(found) if found.fit() else None
+
+
+def _qualified(module: nn.Module) -> str:
+    return f'{type(module).__module__.split(".")[0]}.{type(module).__name__}'

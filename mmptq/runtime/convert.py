@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,10 +11,11 @@ from torch import nn
 from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from ..quantizers import Quantizer
-from .blocks import fused_block
+from .blocks import IntegerMerging, fused_block, is_merging, merged_order
 from .ops import IntegerConv2d, IntegerLinear, IntegerMatMul, IntegerOp
 
-INTEGER: dict[type[QuantOp], Callable[..., IntegerOp]] = {QuantLinear: IntegerLinear, QuantConv2d: IntegerConv2d, QuantMatMul: IntegerMatMul}
+INTEGER: dict[type[QuantOp], Callable[..., IntegerOp]] = {
+    QuantLinear: IntegerLinear, QuantConv2d: IntegerConv2d, QuantMatMul: IntegerMatMul}
 
 
 def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
@@ -31,17 +33,24 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
     """
     ops = {name: op for name, op in model.named_modules() if isinstance(op, QuantOp)}
     _check(model, ops)
-    replaced: dict[nn.Module, IntegerOp] = {}
+    device = next(model.parameters()).device
+    fuse = fuse and device.type == 'cpu'
+    mergings: dict[Any, Any] = {module.reduction: module for module in model.modules() if fuse and is_merging(module)}
+    replaced: dict[nn.Module, nn.Module] = {}
     paths = {}
     for name, op in ops.items():
         try:
-            replaced[op] = INTEGER[type(op)](op).eval()
-            paths[name] = replaced[op].path
+            if isinstance(op, QuantLinear) and op in mergings:
+                reduction = IntegerLinear(op, merged_order(mergings[op].in_channels))
+                replaced[mergings[op]] = IntegerMerging(mergings[op], reduction).eval()
+                paths[name] = reduction.path
+            else:
+                replaced[op] = integer = INTEGER[type(op)](op).eval()
+                paths[name] = integer.path
         except NotImplementedError as reason:
             paths[name] = f'simulated: {reason}'
     _replace(model, replaced)
-    device = next(model.parameters()).device
-    if fuse and device.type == 'cpu':
+    if fuse:
         blocks = {block: fused_block(block) for block in model.modules()}
         _replace(model, {block: new.eval() for block, new in blocks.items() if new is not None})
     if device.type == 'cpu' and not torch.cpu._is_vnni_supported():
@@ -64,9 +73,9 @@ def _check(model: nn.Module, ops: dict[str, QuantOp]) -> None:
         raise QuantizationError(f'the model is on several devices: {", ".join(sorted(devices))}; move it to one first')
 
 
-def _replace(model: nn.Module, new: dict[nn.Module, IntegerOp] | dict[nn.Module, nn.Module]) -> None:
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Puts new modules in the places of old ones, wherever these are."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            if child in new:
-                setattr(parent, name, new[child])  # type: ignore[index]
+            if child is not None and child in new:
+                setattr(parent, name, new[child])

@@ -30,7 +30,8 @@ def has_compiler() -> bool:
 
 def fused(function: Function) -> Function:
     """A function of tensors, compiled when it is first called: once for each width, for any number of rows (the first dimension)."""
-    compiled = torch.compile(function, dynamic=False, recompile_limit=256)
+    # Without precise casts, a rounding to float16 is optimized away.
+    compiled = torch.compile(function, dynamic=False, recompile_limit=256, options={'emulate_precision_casts': True})  # type: ignore[call-overload]
 
     @functools.wraps(function)
     def call(x: Tensor, *args: Any) -> Any:
@@ -86,20 +87,24 @@ def softmax(scores: Tensor, scale: Tensor, bias: Tensor | None, regions: Tensor 
     if regions is not None:
         apart = regions[:, None, :, None] != regions[:, None, None, :]
         scores = scores + torch.where(apart, -100.0, 0.0)
-    probabilities = scores.softmax(-1)
+    powers = (scores - scores.amax(-1, keepdim=True)).exp()
+    probabilities = powers * powers.sum(-1, keepdim=True).reciprocal()
     if isinstance(coder, DeMax):
         return softmax_side(probabilities, coder)
     return coder.integers(probabilities), None
 
 
 def softmax_side(x: Tensor, coder: DeMax) -> tuple[Tensor, Side]:
-    places = torch.arange(x.shape[-1], device=x.device)
+    """DeMax's codes of probabilities (..., rows, length), and their side data."""
+    length = x.shape[-1]
+    places = torch.arange(length, device=x.device, dtype=x.dtype)
     taken, positions, gone = [], [], 0.0 if coder.maxima == 1 else -1.0
-    for _ in range(min(coder.maxima, x.shape[-1])):
-        maximum, position = x.amax(-1, keepdim=True), x.argmax(-1, keepdim=True)
+    for _ in range(min(coder.maxima, length)):
+        maximum = x.amax(-1, keepdim=True)
+        position = torch.where(x == maximum, places, float(length)).amin(-1, keepdim=True)  # vectorized, as argmax is not
         x = torch.where(places == position, gone, x)
         taken.append(maximum)
-        positions.append(position)
+        positions.append(position.clamp(max=length - 1).to(torch.int64))
     if coder.maxima > 1:
         x = x.clamp(min=0)
     step = x.amax(-1, keepdim=True) / coder.most
@@ -112,6 +117,7 @@ def softmax_side(x: Tensor, coder: DeMax) -> tuple[Tensor, Side]:
     return codes, (step, maxima, torch.cat(positions, -1))
 
 
+@fused
 def with_maxima(product: Tensor, values: Tensor, side: Side) -> Tensor:
     """DeMax's product: codes times values, by the step of the row, and for each maximum the row of values that it gathers."""
     step, maxima, positions = side
@@ -123,24 +129,18 @@ def with_maxima(product: Tensor, values: Tensor, side: Side) -> Tensor:
 
 
 @fused
-def merge_heads(x: Tensor, scale: Tensor, values: Tensor | None, side: Side | None, change: Change | None,
-                coder: Uniform | AdaLog | Whole) -> Tensor:
+def merge_heads(x: Tensor, scale: Tensor, change: Change | None, coder: Uniform | AdaLog | Whole) -> Tensor:
     """Codes for what reads the attention's output.
 
     Args:
         x: Integer products of probabilities and values, (windows, heads, length, channels).
-        scale: What one is worth, (heads, 1, 1) or (); with DeMax what a value is worth.
-        values: With DeMax, the integers of the values.
-        side: With DeMax, the side data.
+        scale: What one is worth, (heads, 1, 1) or ().
         change: Before the coder.
         coder: Of the next layer's input.
 
     Returns:
         (windows, length, heads * channels), uint8; of AdaLog and float input float.
     """
-    if side is not None:
-        assert values is not None
-        x = with_maxima(x, values, side)
     x = (x * scale).transpose(1, 2)
     x = x.reshape(x.shape[0], x.shape[1], -1)
     if change is not None:

@@ -1,8 +1,6 @@
 """Quantized operations as integer products."""
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +13,9 @@ from .kernels import encode, softmax_side, with_maxima
 
 EXACT = 2**24
 """Sums of integers below this are exact in float32, in any order."""
+
+SUMS = 16
+"""Outputs that are added for a sum of the codes: one and, for speed, those that make it a whole vector."""
 
 
 class IntegerOp(nn.Module):
@@ -30,45 +31,75 @@ class IntegerOp(nn.Module):
 class IntegerLinear(IntegerOp):
     """A linear layer: uint8 codes times int8 weights, int32 sums, one float scale for each output.
 
-    A weight is kept as ``code - zero_point``. Where 8 bits do not hold all of these (8-bit weights whose zero point is not in the middle),
-    it is the sum of two int8 matrices that read the input twice (of three where the zero point is 0 and a code 255). AdaLog's input are table values, integers below 2^(b + 1) times powers
-    of two; torch has no such product of integers, and they are multiplied in float32, where each product is exact.
+    A weight is kept as ``code - zero_point``. int8 does not hold all of these where an 8-bit weight's zero point is not in the middle.
+    Then the weight is the sum of two int8 matrices that read the input twice (three where it holds a 255), or, in a layer with no more
+    outputs than inputs, ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's inputs are table
+    values, integers below 2^(b + 1) times powers of two; torch has no such product of integers, and they are multiplied in float32,
+    where each product of two is exact.
 
     Args:
         op: A calibrated layer.
+        order: Of the inputs, if they will come in another one, (in,).
 
     Raises:
         NotImplementedError: If it cannot be computed so; the text is the reason.
     """
 
     answers_for_weight = True
+    offset: Tensor | None
+    weight: Tensor
 
-    def __init__(self, op: QuantLinear) -> None:
+    def __init__(self, op: QuantLinear, order: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = op.in_features, op.out_features
         self.coder, self.change = input_coder(op), change(op)
         integers, scale, value = integer_weight(op)
         bias = op.corrected_bias(value)
+        if order is not None:
+            integers = integers[:, order]
+            self.change = None if self.change is None else Change(*(each.expand(len(order))[order] for each in self.change))
         self.register_buffer('offset', None if bias is None else bias.detach().clone())
         self.biased = op.bias is not None
         self.gain = scale * self.coder.scale  # what one of the sums is worth, (out,)
+        self.packed: Tensor | None = None
+        self.excess: Tensor | None = None
+        self.parts = 1
         if isinstance(self.coder, AdaLog):
             self.path = 'AdaLog table values times integer weights, in float32'
             self.register_buffer('weight', integers.float())
             return
-        parts = int8_parts(integers)
-        self.parts = len(parts)
-        self.path = int8_path(self.parts)
-        self.register_buffer('weight', torch.cat(parts, 1))
         self.zero_point = int(self.coder.zero)
-        if _has_onednn(op.weight.device):
-            self.packed: Tensor | None = torch.ops.onednn.qlinear_prepack(self.weight, None)
-            self.weight_zero = torch.zeros(self.out_features, dtype=torch.int64)
-            self.weight = self.weight[:0]
+        self.path = 'int8'
+        parts = int8_parts(integers)
+        if len(parts) == 1:
+            weight = parts[0]
+        elif self.out_features > self.in_features:
+            self.parts = len(parts)
+            self.path += in_parts(self.parts)
+            weight = torch.cat(parts, 1)
         else:
-            self.packed = None
-            self.sums = self.weight.sum(1, dtype=torch.int64)
-            self.path += ' (_int_mm)'
+            self.path += ', weight and sums of the codes'
+            weight = self._with_sums(op, integers)
+        self.register_buffer('weight', weight)
+        if has_onednn(weight.device):
+            self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
+            self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
+            self.weight = weight[:0]
+        else:
+            self.path += ', by _int_mm'
+            self.sums = weight.sum(1, dtype=torch.int64)
+
+    def _with_sums(self, op: QuantLinear, integers: Tensor) -> Tensor:
+        """``code - 128`` and, beside it, ones; sets what the sums of the codes are worth, (out,)."""
+        params = op.quantizer('weight').params
+        assert params is not None
+        above = 128 - params['zero_point'].reshape(-1).expand(self.out_features)  # what each integer lacks
+        self.excess = self.gain * above
+        ones = integers.new_zeros(SUMS, self.in_features)
+        ones[0] = 1
+        self.gain = torch.cat([self.gain, self.gain.new_ones(SUMS)])
+        self.offset = None if self.offset is None else torch.cat([self.offset, self.offset.new_zeros(SUMS)])
+        return torch.cat([integers - above[:, None].to(integers.dtype), ones]).to(torch.int8)
 
     @property
     def bias(self) -> Tensor | None:
@@ -79,30 +110,54 @@ class IntegerLinear(IntegerOp):
         """Codes of an input (rows, in), or AdaLog's table values."""
         return encode(x.float(), self.change, self.coder)  # type: ignore[no-any-return]
 
-    def multiply(self, codes: Tensor, gelu: bool = False) -> Tensor:
-        """The output (rows, out) from codes; ``gelu``: through GELU."""
-        if isinstance(self.coder, AdaLog):
-            out = F.linear(codes, self.weight).mul_(self.gain)
-            out = out if self.offset is None else out.add_(self.offset)
-            return F.gelu(out) if gelu else out
+    def multiply(self, codes: Tensor, gelu: bool = False, coder: Uniform | None = None) -> Tensor:
+        """The output from codes (rows, in).
+
+        Args:
+            codes: From :meth:`encode`.
+            gelu: Through GELU.
+            coder: Codes of the output by this coder of one scale; only if :attr:`gives_codes`.
+
+        Returns:
+            (rows, out), float32 or, with a coder, uint8.
+        """
         if not len(codes):
             return self.gain.new_zeros(0, self.out_features)
         if self.parts > 1:
             codes = torch.cat([codes] * self.parts, 1)
         if self.packed is None:
+            out = self._plain(codes)
+        else:
+            after = (1.0, 0, torch.float32) if coder is None else (float(coder.scale), int(coder.zero), torch.uint8)
+            out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.offset,
+                                                     *after, 'gelu' if gelu and self.excess is None else 'none', [], 'none')
+        if self.excess is not None:
+            out = torch.addcmul(out[:, :self.out_features], out[:, self.out_features, None], self.excess)
+        if coder is not None:
+            return out if coder.most == 255 else out.clamp_(max=coder.most)
+        return F.gelu(out) if gelu and (self.packed is None or self.excess is not None) else out
+
+    def _plain(self, codes: Tensor) -> Tensor:
+        """The output without oneDNN."""
+        if isinstance(self.coder, AdaLog):
+            out = F.linear(codes, self.weight).mul_(self.gain)
+        else:
             out = int_mm(codes, self.weight, self.zero_point, self.sums) * self.gain
-            out = out if self.offset is None else out.add_(self.offset)
-            return F.gelu(out) if gelu else out
-        return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
-            codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.offset, 1.0, 0, torch.float32,
-            'gelu' if gelu else 'none', [], 'none')
+        return out if self.offset is None else out.add_(self.offset)
+
+    @property
+    def gives_codes(self) -> bool:
+        """Whether :meth:`multiply` can give codes."""
+        return self.packed is not None and self.excess is None
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the dtype of the input."""
         with torch._C.DisableTorchFunction():  # an attention's mode looks for layers and products of its own
             out = self.multiply(self.encode(x.reshape(-1, self.in_features)))
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """Sizes and path."""
         return f'{self.in_features}, {self.out_features}, {self.path}'
 
 
@@ -116,12 +171,12 @@ class IntegerConv2d(IntegerOp):
         parts = int8_parts(integers)
         if not isinstance(self.coder, Uniform):
             raise NotImplementedError('AdaLog before a convolution')
-        if not _has_onednn(op.weight.device):
+        if not has_onednn(op.weight.device):
             raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
         if len(parts) > 1 and op.groups > 1:
             raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
         self.parts = len(parts)
-        self.path = int8_path(self.parts)
+        self.path = 'int8' + in_parts(self.parts)
         self.register_buffer('bias', None if op.bias is None else op.bias.detach().clone())
         self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
         self.out_channels, self.kernel = op.out_channels, op.kernel_size
@@ -133,6 +188,7 @@ class IntegerConv2d(IntegerOp):
         self.weight_zero = torch.zeros(self.out_channels, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width), in the dtype of the input."""
         dtype, shape = x.dtype, x.shape
         if not len(x):
             raise QuantizationError('a convolution got a batch of 0 images')
@@ -178,6 +234,7 @@ class IntegerMatMul(IntegerOp):
         return out
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product, in the dtype of the left operand."""
         assert isinstance(self.right, Uniform)
         values = self.right.integers(right.float())
         if isinstance(self.left, DeMax):
@@ -223,15 +280,15 @@ def integer_weight(op: QuantOp) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def int8_parts(integers: Tensor) -> list[Tensor]:
-    """One int8 tensor, or the fewest whose sum the integers are: from -255 to 254 two, with 255 three."""
+    """One int8 tensor, or the fewest whose sum the integers are: from -256 to 254 two, for 255 three."""
     low = integers.clamp(-128, 127)
     rest = integers - low
     return [low.to(torch.int8), *(int8_parts(rest) if bool(rest.any()) else [])]
 
 
-def int8_path(parts: int) -> str:
-    """What the report says of weights in so many parts."""
-    return 'int8' + ('' if parts == 1 else f', weights in {["two", "three"][parts - 2]} parts')
+def in_parts(parts: int) -> str:
+    """What a path says of a weight in so many int8 parts."""
+    return '' if parts == 1 else f', weight in {["two", "three"][parts - 2]} parts'
 
 
 def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tensor:
@@ -244,10 +301,8 @@ def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tens
         sums: Of the rows of the weight, int64, (out,).
     """
     signed = (codes.to(torch.int16) - 128).to(torch.int8)
-    if codes.shape[1] == 1:  # torch._int_mm misreads the transpose of a single column
-        product = signed.to(torch.int32) * weight.t().to(torch.int32)
-    else:
-        product = torch._int_mm(signed, weight.t())
+    # torch._int_mm misreads the transpose of a single column.
+    product = torch._int_mm(signed, weight.t()) if len(signed.t()) > 1 else signed.to(torch.int32) * weight.t()
     return product + ((128 - zero_point) * sums).to(torch.int32)
 
 
@@ -268,6 +323,6 @@ def _pad(codes: Tensor, padding: list[int], mode: str, zero_point: int) -> Tenso
     return F.pad(codes.float(), padding, mode=mode).to(torch.uint8)
 
 
-def _has_onednn(device: torch.device) -> bool:
+def has_onednn(device: torch.device) -> bool:
     """Whether integer products of oneDNN are there and exact (without VNNI their 16-bit sums saturate)."""
     return device.type == 'cpu' and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()

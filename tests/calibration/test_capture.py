@@ -8,11 +8,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from mmptq import QuantizationError
 from mmptq.backbones import find_spec
-from mmptq.calibration import Block, Call, Stream, operations
+from mmptq.calibration import Block, Call, Stream, calibrate_block, operations
 from mmptq.calibration.capture import merge
 from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Rescale, extend_attention
+from mmptq.methods import AdaLog, AdaLogBRECQ, MinMax, UQViT
 
-from ..conftest import SWIN, TwoProducts, equip, image, quantizable
+from ..conftest import FAST, SWIN, TwoProducts, equip, image, quantizable
 
 SIZES = [(45, 57), (64, 64), (33, 90)]
 
@@ -434,6 +435,23 @@ def test_operations_that_do_not_run_are_named():
     block.ops['stage.idle'] = equip(QuantLinear.from_float(nn.Linear(4, 4)))
     with pytest.raises(QuantizationError, match=r'stage\.idle received nothing in 3 calibration images'):
         block.observe(10)
+
+
+@pytest.mark.parametrize('method', [MinMax(), AdaLog(**FAST), AdaLogBRECQ(**FAST, iterations=4), UQViT(rows=64)],
+                         ids=lambda method: type(method).__name__)
+def test_operations_that_need_not_run_are_left_out_by_every_method(method):
+    block = two_layers()
+    block.some_idle, block.ops['stage.idle'] = True, equip(QuantLinear.from_float(nn.Linear(4, 4)))
+    idle = block.ops['stage.idle']
+    result, outputs = calibrate_block(block, method)
+    assert len(outputs) == 3 and list(block.ops) == list(result.sqnr_db) == list(block.samples) == ['stage.0', 'stage.1']
+    assert all(quantizer.params for op in block.ops.values() for quantizer in op.quantizers().values())
+    assert not any(quantizer.params for quantizer in idle.quantizers().values())
+    resumed = two_layers()
+    resumed.some_idle, resumed.ops['stage.idle'] = True, idle
+    calibrate_block(resumed, method, result)
+    assert list(resumed.ops) == ['stage.0', 'stage.1']
+    assert all(torch.equal(value, result.params[name]) for name, value in resumed.state().items())
 
 
 def test_empty_activations_are_passed_over():

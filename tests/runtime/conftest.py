@@ -44,7 +44,7 @@ def uncompiled(monkeypatch):
 @pytest.fixture
 def without_onednn(monkeypatch):
     """As on a machine whose torch has no integer kernels."""
-    monkeypatch.setattr(ops, '_has_onednn', lambda device: False)
+    monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
 
 
 def ready(name, recipe='minmax_w8a8'):

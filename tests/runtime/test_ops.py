@@ -22,7 +22,7 @@ from .conftest import whole
 
 pytestmark = pytest.mark.usefixtures('uncompiled')
 
-needs_vnni = pytest.mark.skipif(not ops._has_onednn(torch.device('cpu')), reason='needs oneDNN and a CPU with VNNI')
+needs_vnni = pytest.mark.skipif(not ops.has_onednn(torch.device('cpu')), reason='needs oneDNN and a CPU with VNNI')
 bits = st.integers(2, 8)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -68,17 +68,18 @@ def no_more_than_float32_holds(sums):
 
 
 @pytest.mark.parametrize('path', ['_int_mm', pytest.param('onednn', marks=needs_vnni)])
-@given(data=st.data(), weight_bits=bits, input_bits=bits, seed=seeds, rows=st.integers(1, 9), inner=st.integers(1, 70), out=st.integers(1, 19))
+@given(data=st.data(), weight_bits=bits, input_bits=bits, seed=seeds, rows=st.integers(1, 9), inner=st.integers(1, 70),
+       out=st.integers(1, 19))
 def test_the_sums_of_a_linear_layer_are_exact(path, data, weight_bits, input_bits, seed, rows, inner, out):
     weight_zero, (zero,) = data.draw(zero_points(weight_bits, out)), data.draw(zero_points(input_bits, 1))
     generator = np.random.default_rng(seed)
     x, weight = numbers(generator, input_bits, rows, inner), weights(generator, weight_zero, weight_bits, out, inner)
     with pytest.MonkeyPatch.context() as patch:
         if path == '_int_mm':
-            patch.setattr(ops, '_has_onednn', lambda device: False)
+            patch.setattr(ops, 'has_onednn', lambda device: False)
         layer = IntegerLinear(linear(weight, weight_zero, weight_bits, zero, input_bits))
         result = layer(tensor(x)).numpy()
-    assert (' parts' in layer.path) == bool((weight > 127).any() or (weight < -128).any())
+    assert (layer.path.startswith('int8, weight ')) == bool((weight > 127).any() or (weight < -128).any())
     assert ('_int_mm' in layer.path) == (path == '_int_mm')
     np.testing.assert_array_equal(result, no_more_than_float32_holds(integers(x, zero, input_bits) @ weight.T))
 
@@ -87,12 +88,13 @@ def test_the_sums_of_a_linear_layer_are_exact(path, data, weight_bits, input_bit
 def test_the_largest_sums_of_long_rows(onednn, monkeypatch):
     """All codes at one end and the zero points at the other: 255 * 255 each, in 3072 columns."""
     if not onednn:
-        monkeypatch.setattr(ops, '_has_onednn', lambda device: False)
+        monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
     weight = np.full((3, 3072), 255)
     weight[1], weight[2] = 0, -255
     op = linear(weight, [0, 0, 255], 8, 0, 8)
     result = IntegerLinear(op)(torch.full((2, 3072), 1000.0))
-    assert result.tolist() == [[float(np.float32(255 * 255 * 3072)), 0, -float(np.float32(255 * 255 * 3072))]] * 2
+    # Beyond 2^24, where a sum is rounded when it becomes a float; here it is put together from two that are.
+    np.testing.assert_allclose(result.numpy(), [[255 * 255 * 3072, 0, -255 * 255 * 3072]] * 2, rtol=2e-7, atol=32)
 
 
 @given(seed=seeds, rows=st.integers(1, 9), inner=st.integers(1, 300), columns=st.integers(1, 9))
@@ -103,7 +105,8 @@ def test_the_helpers_are_exact(seed, rows, inner, columns):
     assert len(parts) <= (3 if left.max() == 255 else 2) and all(part.dtype == torch.int8 for part in parts)
     assert np.array_equal(sum(part.to(torch.int64) for part in parts).numpy(), left)
     assert np.array_equal(int_product(tensor(left), tensor(right)).numpy(), left @ right)
-    codes, weight, zero = generator.integers(0, 256, (rows, inner)), generator.integers(-128, 128, (columns, inner)), generator.integers(256)
+    codes, weight = generator.integers(0, 256, (rows, inner)), generator.integers(-128, 128, (columns, inner))
+    zero = generator.integers(256)
     result = int_mm(torch.tensor(codes, dtype=torch.uint8), torch.tensor(weight, dtype=torch.int8), int(zero),
                     torch.tensor(weight.sum(1)))
     assert np.array_equal(result.numpy(), (codes - zero) @ weight.T)
@@ -118,7 +121,8 @@ def test_the_sums_of_a_convolution_are_exact(data, weight_bits, input_bits, seed
     inside, out, groups = channels
     weight_zero, (zero,) = data.draw(zero_points(weight_bits, out)), data.draw(zero_points(input_bits, 1))
     generator = np.random.default_rng(seed)
-    x, weight = numbers(generator, input_bits, 2, inside, *size), weights(generator, weight_zero, weight_bits, out, inside // groups, *kernel)
+    x = numbers(generator, input_bits, 2, inside, *size)
+    weight = weights(generator, weight_zero, weight_bits, out, inside // groups, *kernel)
     op = QuantConv2d.from_float(nn.Conv2d(inside, out, kernel, stride, padding, dilation, groups, bias=False, padding_mode=mode))
     op.weight.data = tensor(weight)
     equip(op, input=whole(1, zero, input_bits), weight=whole(1, weight_zero, weight_bits, axis=-4))
@@ -153,7 +157,8 @@ def test_long_rows_take_int8(monkeypatch):
     monkeypatch.setattr(ops, 'int_product', lambda *args: calls.append(args[0].shape[-1]) or int_product(*args))
     layer = IntegerMatMul(equip(QuantMatMul(), left=whole(1, 0, 8), right=whole(1, 0, 8)))
     for inner in (258, 259, 400):
-        assert float(layer(torch.full((1, 1, 1, inner), 300.0), torch.full((1, 1, inner, 1), 255.0))) == float(np.float32(255 * 255 * inner))
+        result = layer(torch.full((1, 1, 1, inner), 300.0), torch.full((1, 1, inner, 1), 255.0))
+        assert float(result) == float(np.float32(255 * 255 * inner))
     assert calls == [259, 400]
 
 
@@ -168,7 +173,8 @@ def test_demax_is_its_product(bits, maxima, side, seed, rows, length, ties):
     left = DeMaxQuantizer(bits, maxima, side)
     left.set(**left.observed([probabilities]))
     op = equip(QuantMatMul(), left=left, right=covering(values, bits))
-    result, expected = IntegerMatMul(op)(probabilities, values), product(left.encode(probabilities, **left.params), op.quantizer('right')(values))
+    result = IntegerMatMul(op)(probabilities, values)
+    expected = product(left.encode(probabilities, **left.params), op.quantizer('right')(values))
     assert torch.allclose(result, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert torch.allclose(result, op(probabilities, values), rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
@@ -207,7 +213,7 @@ def test_layers_are_those_of_the_simulation(kind, width, bias, monkeypatch):
             layer = IntegerLinear(op)
             near(layer(x), op(x))
             near(layer.multiply(layer.encode(x[0]), gelu=True), nn.functional.gelu(op(x[0])))
-            monkeypatch.setattr(ops, '_has_onednn', lambda device: False)
+            monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
@@ -217,7 +223,8 @@ def test_other_floats_go_in_and_come_out(dtype):
     x = torch.tensor([[1, -2, 30], [0.5, 3, 1.5]], dtype=dtype)
     assert torch.equal(IntegerLinear(op)(x), op(x.float()).to(dtype)) and IntegerLinear(op)(x).dtype == dtype
     product = equip(QuantMatMul(), left=whole(1, 7, 4), right=whole(1, 7, 4))
-    assert torch.equal(IntegerMatMul(product)(x[None, None], x.t()[None, None]), product(x.float()[None, None], x.float().t()[None, None]).to(dtype))
+    left, right = x[None, None], x.t()[None, None]
+    assert torch.equal(IntegerMatMul(product)(left, right), product(left.float(), right.float()).to(dtype))
 
 
 def test_no_rows_and_no_images():
@@ -254,7 +261,7 @@ def test_what_has_no_integer_form_says_why(monkeypatch):
         IntegerMatMul(equip(QuantMatMul(), left=Float(8), right=weight))
     with pytest.raises(NotImplementedError, match='AdaLog before a convolution'):
         IntegerConv2d(equip(QuantConv2d.from_float(conv), input=adalog(4, 37), weight=weight))
-    monkeypatch.setattr(ops, '_has_onednn', lambda device: False)
+    monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
     with pytest.raises(NotImplementedError, match='oneDNN'):
         IntegerConv2d(equip(QuantConv2d.from_float(conv), input=weight, weight=weight))
 
