@@ -12,6 +12,7 @@ from rich.console import Console
 
 from .analysis.summary import result_table
 from .apis import PAPER_IMAGES, convert_checkpoint, pack, quantize, recipe_names, recipe_of
+from .engine.hook import BACKENDS
 from .engine.layouts import LAYOUTS
 from .errors import QuantizationError
 
@@ -48,6 +49,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--float-eval', action=argparse.BooleanOptionalAction, default=True, help='evaluate the float model first')
     group.add_argument('--no-eval', action='store_true', help='calibrate and save only')
     group.add_argument('--pack', action='store_true', help='write quantized.safetensors too, with packed weights')
+    group.add_argument('--backend', choices=BACKENDS, default='simulated', help='how the quantized model is evaluated: rounded values in '
+                       'float32, or integers (default: simulated)')
     group.add_argument('--resume', action='store_true', help='go on after the last block that an interrupted run calibrated')
 
 
@@ -68,8 +71,8 @@ def run_quantize(args: argparse.Namespace) -> None:
         args.config, args.checkpoint, recipe, scope=args.scope or ('model' if args.paper_protocol else None), work_dir=args.work_dir,
         cfg_options=args.cfg_options, launcher=args.launcher, calib_images=32 if args.calib_images is None else args.calib_images,
         calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, as_in_paper=args.paper_protocol, seed=args.seed,
-        float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, pack=args.pack, out=args.out, show=args.show,
-        show_dir=args.show_dir, wait_time=args.wait_time, tta=args.tta)
+        float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, pack=args.pack, backend=args.backend, out=args.out,
+        show=args.show, show_dir=args.show_dir, wait_time=args.wait_time, tta=args.tta)
     if not is_main_process():
         return
     console = Console()

@@ -32,8 +32,9 @@ _RUNS = itertools.count()
 def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, Any] | None = None, *, scope: str | None = None,
              work_dir: str | None = None, cfg_options: Mapping[str, Any] | None = None, launcher: str = 'none',
              calib_images: int = 32, calib_cfg: str | None = None, calib_on_test: bool = False, as_in_paper: bool = False, seed: int = 0,
-             float_eval: bool = True, evaluate: bool = True, resume: bool = False, pack: bool = False, out: str | None = None,
-             show: bool = False, show_dir: str | None = None, wait_time: float = 2, tta: bool = False) -> dict[str, Any]:
+             float_eval: bool = True, evaluate: bool = True, resume: bool = False, pack: bool = False, backend: str = 'simulated',
+             out: str | None = None, show: bool = False, show_dir: str | None = None, wait_time: float = 2,
+             tta: bool = False) -> dict[str, Any]:
     """Quantizes a detector or segmentor after training, and says what that costs.
 
     Args:
@@ -56,6 +57,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         evaluate: Evaluate at all.
         resume: Go on after the last block that an interrupted run in the same work_dir calibrated.
         pack: Write ``quantized.safetensors`` too, with packed weights.
+        backend: How the quantized model is evaluated: ``simulated``, or ``integer``.
         out: Where predictions of the quantized model go: a pickle file, for mmsegmentation a directory.
         show: Show predictions.
         show_dir: Where painted predictions go.
@@ -79,6 +81,8 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         recipe_cfg, calib_images, calib_on_test = paper_protocol(recipe_cfg), PAPER_IMAGES, True
     if scope not in SCOPES:
         raise QuantizationError(f'unknown scope {scope!r}: it is one of {", ".join(SCOPES)}')
+    if backend != 'simulated' and not evaluate:
+        raise QuantizationError(f'the backend {backend} is that of the evaluation, and there is to be none; leave out one of the two')
     if not 0 <= seed < 2**63:
         raise QuantizationError(f'seed {seed}: it is a number from 0 to 2^63 - 1')
     cfg = deepcopy(config) if isinstance(config, Config) else load_config(str(config))
@@ -94,7 +98,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     cfg.custom_hooks = [*cfg.custom_hooks, dict(
         type='mmptq.PTQHook', images=calib_images, seed=seed, on_test=calib_on_test, shuffle=not as_in_paper, resume=resume, pack=pack,
-        dataset=calibration_dataset(cfg, calib_cfg, calib_on_test))]
+        backend=backend, dataset=calibration_dataset(cfg, calib_cfg, calib_on_test))]
     with safe_loading():
         quantized = quantized_config(cfg, recipe_cfg, scope)
         runner = build_runner(quantized, out, show, show_dir, wait_time, tta)

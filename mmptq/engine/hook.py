@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..backbones.convert import IDLE, layers_with_products, leave_float
 from ..calibration import check_weights
 from ..errors import QuantizationError
 from ..registry import HOOKS
+from ..runtime import to_integer
 from ..version import __version__
 from . import memory
 from .calibration import calibrate_model, inner_model, quantization, try_backbone
@@ -28,6 +30,7 @@ from .data import CalibrationSet, build_calibration_set, calibration_dataset
 from .packed import packed_model, write_packed
 
 PROGRESS = 'calibration_progress.pth'
+BACKENDS = ('simulated', 'integer')
 
 
 @HOOKS.register_module()
@@ -46,12 +49,19 @@ class PTQHook(Hook):
         shuffle: Draw the images at random; else they are the first ones.
         resume: Go on after the last block that an interrupted run in the same work_dir calibrated.
         pack: Write ``quantized.safetensors`` too, with packed weights.
+        backend: How the quantized model is evaluated: ``simulated`` or ``integer`` (:func:`mmptq.runtime.to_integer`).
+
+    Raises:
+        QuantizationError: If the backend is unknown.
     """
 
     priority = 'VERY_LOW'
 
     def __init__(self, images: int = 32, seed: int = 0, dataset: dict[str, Any] | None = None, calib_cfg: str | None = None,
-                 on_test: bool = False, shuffle: bool = True, resume: bool = False, pack: bool = False) -> None:
+                 on_test: bool = False, shuffle: bool = True, resume: bool = False, pack: bool = False,
+                 backend: str = 'simulated') -> None:
+        if backend not in BACKENDS:
+            raise QuantizationError(f'unknown backend {backend!r}: it is one of {", ".join(BACKENDS)}')
         self.images = images
         self.seed = seed
         self.dataset = dataset
@@ -60,11 +70,13 @@ class PTQHook(Hook):
         self.shuffle = shuffle
         self.resume = resume
         self.pack = pack
+        self.backend = backend
         self.summary: dict[str, Any] = {}
         self.float_result: dict[str, Any] | None = None
         self.config: Config | None = None  # what quantized.py is to hold, if not the Runner's config
         self._images: CalibrationSet | None = None
         self._loaded: dict[str, Any] = {}
+        self._converted = False
         self._started = 0.0
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -101,7 +113,9 @@ class PTQHook(Hook):
         log_images(runner, self._images, self.images)
 
     def before_test(self, runner: Runner) -> None:
-        """Calibrates if that is still to be done."""
+        """Calibrates if that is still to be done; then makes the model one of integers, if it is to be evaluated so."""
+        if self._converted:
+            return
         model = inner_model(runner.model)
         if is_calibrated(model):
             runner.logger.info('the checkpoint is calibrated: no calibration')
@@ -115,6 +129,8 @@ class PTQHook(Hook):
             path = Path(runner.work_dir) / 'quantized.safetensors'
             write_packed(model, self.config or runner.cfg, self._about(), self._loaded.get('dataset_meta'), path)
             runner.logger.info(f'wrote {path}')
+        if self.backend == 'integer':
+            self._convert(runner, model)
 
     def before_val(self, runner: Runner) -> None:
         """Raises QuantizationError if the model is not calibrated: only a test calibrates."""
@@ -127,7 +143,7 @@ class PTQHook(Hook):
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Writes the quantized metrics."""
-        self.summary['quantized'] = test_result(metrics, time.perf_counter() - self._started)
+        self.summary['quantized'] = {**test_result(metrics, time.perf_counter() - self._started), 'backend': self.backend}
         self._write_summary(runner)
         self.forget_progress(runner)
 
@@ -165,6 +181,14 @@ class PTQHook(Hook):
         config = portable_config(self.config or runner.cfg, idle_layers(self.summary))
         write_atomically(work_dir / 'quantized.py', lambda temporary: Path(temporary).write_text(config.pretty_text))
         runner.logger.info(f'wrote {work_dir / "quantized.pth"} and {work_dir / "quantized.py"}')
+
+    def _convert(self, runner: Runner, model: Any) -> None:
+        model.eval()
+        paths = to_integer(model)
+        self._converted = True
+        counts = '; '.join(f'{count} as {path}' for path, count in Counter(paths.values()).most_common())
+        runner.logger.info(f'the model is evaluated in integers; of its {len(paths)} quantized operations run: {counts}')
+        self.summary = {**self.summary, 'layers': [{**row, 'path': paths.get(row['name'], 'float')} for row in self.summary['layers']]}
 
     def _about(self) -> dict[str, Any]:
         return {key: value for key, value in self.summary.items() if key != 'quantized'}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import QuantizationError
-from .ops import QuantLinear, QuantMatMul
+from .ops import QuantMatMul
 
 # operator.matmul is what a strict torch.export sees of `a @ b`.
 PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, operator.matmul})
@@ -61,7 +61,8 @@ class RouteProducts(TorchFunctionMode):
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.linear``, by the quantized layer whose weight it is: an attention may read that without a call of its layer."""
-        layer = next((child for child in self.attention.modules() if isinstance(child, QuantLinear) and child.weight is weight), None)
+        layer: Any = next((child for child in self.attention.modules()
+                           if getattr(child, 'answers_for_weight', False) and child.weight is weight), None)
         if layer is None:
             return F.linear(input, weight, bias)
         if bias is layer.bias:

@@ -146,6 +146,7 @@ class QuantLinear(QuantOp, nn.Linear):
     roles = ('input', 'weight')
     streams = True
     weight_axis = -2
+    answers_for_weight = True  # an attention that reads the weight itself gets this layer's output
     rescale: Rescale | GeluShift | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:

@@ -32,7 +32,7 @@ class IntegerLinear(IntegerOp):
     """A linear layer: uint8 codes times int8 weights, int32 sums, one float scale for each output.
 
     A weight is kept as ``code - zero_point``. int8 does not hold all of these where an 8-bit weight's zero point is not in the middle.
-    Then the weight is the sum of two int8 matrices that read the input twice, or, in a layer with no more outputs than inputs,
+    Then the weight is the sum of two (with 255, three) int8 matrices that read the input as often, or, in a layer with no more outputs than inputs,
     ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's inputs are table values, integers
     below 2^(b + 1) times powers of two; torch has no such product of integers, and they are multiplied in float32, where each product
     of two is exact.
@@ -45,7 +45,8 @@ class IntegerLinear(IntegerOp):
         NotImplementedError: If it cannot be computed so; the text is the reason.
     """
 
-    bias: Tensor | None
+    answers_for_weight = True
+    offset: Tensor | None
     weight: Tensor
 
     def __init__(self, op: QuantLinear, order: Tensor | None = None) -> None:
@@ -57,30 +58,26 @@ class IntegerLinear(IntegerOp):
         if order is not None:
             integers = integers[:, order]
             self.change = None if self.change is None else Change(*(each.expand(len(order))[order] for each in self.change))
-        self.register_buffer('bias', None if bias is None else bias.detach().clone())
+        self.register_buffer('offset', None if bias is None else bias.detach().clone())
+        self.biased = op.bias is not None
         self.gain = scale * self.coder.scale  # what one of the sums is worth, (out,)
         self.packed: Tensor | None = None
         self.excess: Tensor | None = None
-        self.doubled = False
+        self.parts = 1
         if isinstance(self.coder, AdaLog):
             self.path = 'AdaLog table values times integer weights, in float32'
             self.register_buffer('weight', integers.float())
             return
         self.zero_point = int(self.coder.zero)
-        self.path = 'int8'
         parts = int8_parts(integers)
-        if len(parts) == 1:
-            weight = parts[0]
-        elif self.out_features > self.in_features:
-            self.doubled = True
-            self.path += ', weight in two parts'
-            weight = torch.cat(parts, 1)
+        if len(parts) == 1 or self.out_features > self.in_features:
+            self.parts, self.path, weight = len(parts), int8_path(len(parts)), torch.cat(parts, 1)
         else:
-            self.path += ', weight and sums of the codes'
-            weight = self._with_sums(op, integers)
+            self.path, weight = 'int8, weight and sums of the codes', self._with_sums(op, integers)
         if has_onednn(weight.device):
             self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
             self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
+            self.register_buffer('weight', weight[:0])
         else:
             self.path += ', by _int_mm'
             self.register_buffer('weight', weight)
@@ -95,8 +92,13 @@ class IntegerLinear(IntegerOp):
         ones = integers.new_zeros(SUMS, self.in_features)
         ones[0] = 1
         self.gain = torch.cat([self.gain, self.gain.new_ones(SUMS)])
-        self.bias = None if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(SUMS)])
+        self.offset = None if self.offset is None else torch.cat([self.offset, self.offset.new_zeros(SUMS)])
         return torch.cat([integers - above[:, None].to(integers.dtype), ones]).to(torch.int8)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What a reader of the layer's bias finds; ``offset`` has also what the rescale adds, with or without a bias."""
+        return self.offset if self.biased else None
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes of an input (rows, in), or AdaLog's table values."""
@@ -115,13 +117,13 @@ class IntegerLinear(IntegerOp):
         """
         if not len(codes):
             return self.gain.new_zeros(0, self.out_features)
-        if self.doubled:
-            codes = torch.cat([codes, codes], 1)
+        if self.parts > 1:
+            codes = torch.cat([codes] * self.parts, 1)
         if self.packed is None:
             out = self._plain(codes)
         else:
             after = (1.0, 0, torch.float32) if coder is None else (float(coder.scale), int(coder.zero), torch.uint8)
-            out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias,
+            out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.offset,
                                                      *after, 'gelu' if gelu and self.excess is None else 'none', [], 'none')
         if self.excess is not None:
             out = torch.addcmul(out[:, :self.out_features], out[:, self.out_features, None], self.excess)
@@ -135,7 +137,7 @@ class IntegerLinear(IntegerOp):
             out = F.linear(codes, self.weight).mul_(self.gain)
         else:
             out = int_mm(codes, self.weight, self.zero_point, self.sums) * self.gain
-        return out if self.bias is None else out.add_(self.bias)
+        return out if self.offset is None else out.add_(self.offset)
 
     @property
     def gives_codes(self) -> bool:
@@ -144,8 +146,8 @@ class IntegerLinear(IntegerOp):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of the input."""
-        rows = x.reshape(-1, self.in_features)
-        out = self.multiply(self.encode(rows))
+        with torch._C.DisableTorchFunction():  # an attention's mode looks for layers and products of its own
+            out = self.multiply(self.encode(x.reshape(-1, self.in_features)))
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -165,10 +167,9 @@ class IntegerConv2d(IntegerOp):
             raise NotImplementedError('AdaLog before a convolution')
         if not has_onednn(op.weight.device):
             raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
-        if len(parts) == 2 and op.groups > 1:
+        if len(parts) > 1 and op.groups > 1:
             raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
-        self.doubled = len(parts) == 2
-        self.path = 'int8' + (', weight in two parts' if self.doubled else '')
+        self.parts, self.path = len(parts), int8_path(len(parts))
         self.register_buffer('bias', None if op.bias is None else op.bias.detach().clone())
         self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
         self.out_channels, self.kernel = op.out_channels, op.kernel_size
@@ -188,7 +189,7 @@ class IntegerConv2d(IntegerOp):
         if any(self.padding):
             mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
             codes = _pad(codes, self.padding, mode, self.zero_point)
-        codes = torch.cat([codes, codes], 1) if self.doubled else codes
+        codes = torch.cat([codes] * self.parts, 1) if self.parts > 1 else codes
         out: Tensor = torch.ops.onednn.qconv_pointwise(
             codes.contiguous(memory_format=torch.channels_last), 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias,
             self.stride, [0, 0], self.dilation, self.groups, 1.0, 0, torch.float32, 'none', [], '')
@@ -272,10 +273,15 @@ def integer_weight(op: QuantOp) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def int8_parts(integers: Tensor) -> list[Tensor]:
-    """One int8 tensor, or the fewest whose sum the integers (-255 to 255) are."""
+    """One int8 tensor, or the fewest whose sum the integers are: from -255 to 254 two, with 255 three."""
     low = integers.clamp(-128, 127)
     rest = integers - low
-    return [low.to(torch.int8)] + ([rest.to(torch.int8)] if bool(rest.any()) else [])
+    return [low.to(torch.int8), *(int8_parts(rest) if bool(rest.any()) else [])]
+
+
+def int8_path(parts: int) -> str:
+    """What the report says of weights in so many parts."""
+    return 'int8' + ('' if parts == 1 else f', weight in {["two", "three"][parts - 2]} parts')
 
 
 def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tensor:
@@ -288,7 +294,11 @@ def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tens
         sums: Of the rows of the weight, int64, (out,).
     """
     signed = (codes.to(torch.int16) - 128).to(torch.int8)
-    return torch._int_mm(signed, weight.t()) + ((128 - zero_point) * sums).to(torch.int32)
+    if codes.shape[1] == 1:  # torch._int_mm misreads the transpose of a single column
+        product = signed.to(torch.int32) * weight.t().to(torch.int32)
+    else:
+        product = torch._int_mm(signed, weight.t())
+    return product + ((128 - zero_point) * sums).to(torch.int32)
 
 
 def int_product(left: Tensor, right: Tensor) -> Tensor:
