@@ -34,11 +34,13 @@ class Difference(NamedTuple):
         where: The name of that step.
         end_to_end: The largest relative difference of a feature map from the image alone. Two programs that differ in the last bit of
             a value on an edge differ by a whole step from there on, and with few bits by more and more.
+        floor: As end_to_end, of torch from itself where each pixel changes in its last bit.
     """
 
     step: float
     where: str
     end_to_end: float
+    floor: float
 
 
 def build_graph(backbone: nn.Module, image: Tensor, dynamic: bool = False) -> tuple[onnx.ModelProto, list[Call]]:
@@ -68,6 +70,7 @@ def compare(model: onnx.ModelProto, calls: Sequence[Call], backbone: nn.Module, 
     found = _run(model, image, [])
     maps = as_tuple(backbone(image))
     end_to_end = max(relative(found[f'map_{number}'], value) for number, value in enumerate(maps))
+    floor = max(map(relative, as_tuple(backbone(image * (1 + torch.finfo(image.dtype).eps))), maps))
     found = _run(model, image, list(dict.fromkeys(name for call in calls for name in (*call.inputs, call.output))))
     remaining = list(calls)
     steps: dict[str, float] = {}
@@ -85,7 +88,7 @@ def compare(model: onnx.ModelProto, calls: Sequence[Call], backbone: nn.Module, 
         maps = as_tuple(backbone(image))
     steps |= {f'feature map {number}': relative(found[f'map_{number}'], value) for number, value in enumerate(maps)}
     where = max(steps, key=lambda name: steps[name])
-    return Difference(steps[where], where, end_to_end)
+    return Difference(steps[where], where, end_to_end, floor)
 
 
 def export_onnx(backbone: nn.Module, path: Path, shape: tuple[int, int], dynamic: bool = False) -> list[Difference]:

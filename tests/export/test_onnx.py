@@ -1,5 +1,6 @@
 """Backbones as ONNX files: ONNX Runtime computes what torch does, in integers where docs/onnx.md says so; else no file."""
 import builtins
+import copy
 import sys
 
 import numpy as np
@@ -18,6 +19,7 @@ from mmptq.calibration import Call, calibrate
 from mmptq.cli import main
 from mmptq.engine.packed import write_packed
 from mmptq.export.onnx import build_graph, compare, export_onnx
+from mmptq.quantizers import calibrated_parts
 
 from ..conftest import FAST, SWIN, VIT, build_in, image, randomized
 
@@ -69,9 +71,6 @@ def test_every_step_and_the_whole_are_those_of_torch(exported):
 
 def calibrated_as_float(model):
     """A copy of the model without its quantizers' parameters."""
-    import copy
-
-    from mmptq.quantizers import calibrated_parts
     model = copy.deepcopy(model)
     for part in calibrated_parts(model).values():
         part.clear()
@@ -170,7 +169,8 @@ def test_the_command_takes_both_kinds_of_checkpoints(files, tmp_path, capsys):
         assert 'ONNX Runtime differs from torch by' in capsys.readouterr().out
     first, second = (onnx.load(tmp_path / f'{checkpoint}.onnx') for checkpoint in ('quantized.pth', 'quantized.safetensors'))
     onnx.checker.check_model(first, full_check=True)
-    maps = [onnxruntime.InferenceSession(model.SerializeToString()).run(None, {'image': image(48, 32).numpy()}) for model in (first, second)]
+    sessions = [onnxruntime.InferenceSession(model.SerializeToString()) for model in (first, second)]
+    maps = [session.run(None, {'image': image(48, 32).numpy()}) for session in sessions]
     assert all(np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b) for a, b in zip(*maps, strict=True))
     assert [value.name for value in first.graph.output] == ['map_0', 'map_1'] and str(files) not in str(first)
     assert 'site-packages' not in str(first)
