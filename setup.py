@@ -21,7 +21,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmptq', 'mmptq.*']),
-    package_data={'mmptq': ['py.typed', '.mim/configs/_base_/recipes/*.py']},
+    package_data={'mmptq': ['py.typed', '.mim/model-index.yml', '.mim/configs/**/*.py', '.mim/configs/**/*.yml']},
     install_requires=['torch>=2.0', 'numpy', 'rich', 'safetensors'],
     extras_require={
         'det': ['mmengine>=0.10', 'mmcv>=2.0,<2.2', 'mmdet>=3.3,<4'],

@@ -1,6 +1,8 @@
 """Cascade Mask R-CNN Swin-S with its backbone in AdaLog W4A4.
 
     python MMDET/tools/test.py configs/mmdet/cascade-mask-rcnn_swin-s_adalog-w4a4.py CHECKPOINT
+
+Not measured; none published.
 """
 _base_ = './cascade-mask-rcnn_swin-s.py'
 

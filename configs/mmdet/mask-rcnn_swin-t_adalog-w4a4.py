@@ -1,6 +1,8 @@
 """Mask R-CNN Swin-T with its backbone in AdaLog W4A4.
 
     python MMDET/tools/test.py configs/mmdet/mask-rcnn_swin-t_adalog-w4a4.py CHECKPOINT
+
+Not measured; none published.
 """
 _base_ = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py'
 

@@ -1,6 +1,8 @@
 """RetinaNet Swin-T with its backbone in AdaLog W4A4.
 
     python MMDET/tools/test.py configs/mmdet/retinanet_swin-t_adalog-w4a4.py CHECKPOINT
+
+Not measured; none published.
 """
 _base_ = 'mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py'
 

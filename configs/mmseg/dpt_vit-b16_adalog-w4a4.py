@@ -1,6 +1,8 @@
 """DPT ViT-B/16 with its backbone in AdaLog W4A4.
 
     python MMSEG/tools/test.py configs/mmseg/dpt_vit-b16_adalog-w4a4.py CHECKPOINT
+
+Not measured; none published.
 """
 _base_ = 'mmseg::dpt/dpt_vit-b16_8xb2-160k_ade20k-512x512.py'
 

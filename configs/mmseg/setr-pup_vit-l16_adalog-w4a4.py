@@ -1,6 +1,8 @@
 """SETR-PUP ViT-L/16 with its backbone in AdaLog W4A4.
 
     python MMSEG/tools/test.py configs/mmseg/setr-pup_vit-l16_adalog-w4a4.py CHECKPOINT
+
+Not measured; none published.
 """
 _base_ = 'mmseg::setr/setr_vit-l_pup_8xb2-160k_ade20k-512x512.py'
 

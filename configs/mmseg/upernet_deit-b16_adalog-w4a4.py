@@ -1,6 +1,8 @@
 """UperNet DeiT-B/16 with its backbone in AdaLog W4A4.
 
     python MMSEG/tools/test.py configs/mmseg/upernet_deit-b16_adalog-w4a4.py CHECKPOINT
+
+Not measured; none published.
 """
 _base_ = 'mmseg::vit/vit_deit-b16_upernet_8xb2-160k_ade20k-512x512.py'
 

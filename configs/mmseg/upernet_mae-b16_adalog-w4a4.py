@@ -1,6 +1,8 @@
 """UperNet MAE-B/16 with its backbone in AdaLog W4A4.
 
     python MMSEG/tools/test.py configs/mmseg/upernet_mae-b16_adalog-w4a4.py CHECKPOINT
+
+Not measured; none published.
 """
 _base_ = 'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py'
 

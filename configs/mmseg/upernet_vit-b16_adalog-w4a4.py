@@ -1,6 +1,8 @@
-"""UperNet ViT-B/16 with its backbone in AdaLog W4A4.
+"""UperNet ViT-B/16 (normalized output, MultiLevelNeck) with its backbone in AdaLog W4A4.
 
     python MMSEG/tools/test.py configs/mmseg/upernet_vit-b16_adalog-w4a4.py CHECKPOINT
+
+Not measured; none published.
 """
 _base_ = 'mmseg::vit/vit_vit-b16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py'
 

@@ -88,4 +88,5 @@ def _headlines(result: Mapping[str, Any] | None) -> list[str]:
 
 
 def _values(result: Mapping[str, Any], metrics: list[str]) -> list[str]:
-    return [f'{result["metrics"][name]:.4g}' for name in metrics]
+    values = [result['metrics'][name] for name in metrics]
+    return ['-' if value is None else f'{value:.4g}' for value in values]

@@ -1,6 +1,7 @@
 """The registered build functions: they build what the original config builds, then convert it in place."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec as find_module
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from ..errors import QuantizationError
 from ..quantizers import calibrated_parts
 from ..registry import MODELS
-from .convert import ConversionReport, convert, convert_layers, layers_with_products
+from .convert import ConversionReport, convert, convert_layers, layers_with_products, leave_float
 from .presets import load_recipe
 from .recipe import Recipe
 from .spec import Site, find_spec
@@ -66,18 +67,20 @@ def QuantBackbone(backbone: dict[str, Any], recipe: str | dict[str, Any]) -> nn.
 
 
 @MODELS.register_module()
-def QuantModel(model: dict[str, Any], recipe: str | dict[str, Any]) -> nn.Module:  # noqa: N802
+def QuantModel(model: dict[str, Any], recipe: str | dict[str, Any], idle: Sequence[str] = ()) -> nn.Module:  # noqa: N802
     """Builds a whole detector or segmentor and makes its backbone, neck and heads quantizable.
 
     Args:
         model: The config of the float model.
         recipe: See :func:`mmptq.backbones.presets.load_recipe`.
+        idle: Layers that received nothing in calibration, and so stay float.
 
     Returns:
         The model itself, float until calibrated, with a :class:`ConversionReport` as its attribute ``quantization``.
 
     Raises:
-        QuantizationError: If the model has no backbone that we know or is of a package that is missing, or the recipe is wrong.
+        QuantizationError: If the model has no backbone that we know or is of a package that is missing, the recipe is wrong, or an
+            idle layer is none of its own.
     """
     checked = Recipe.from_dict(load_recipe(recipe))
     built = build_float(model)
@@ -91,4 +94,5 @@ def QuantModel(model: dict[str, Any], recipe: str | dict[str, Any]) -> nn.Module
     skipped = {f'backbone.{name}': reason for name, reason in backbone.skipped.items()} | convert_layers(built, sites, checked)
     skipped |= {name: 'runs in training only' for name in outside if name not in sites}
     built.quantization = ConversionReport(checked, 'model', skipped)
+    leave_float(built, built.quantization, idle)
     return built

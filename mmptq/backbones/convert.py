@@ -1,6 +1,7 @@
 """Converts a built backbone in place: module and parameter names stay, so any checkpoint of the float one loads."""
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,6 +16,10 @@ _PLAIN = {'torch.nn.modules.linear.Linear', 'torch.nn.modules.linear.NonDynamica
           'mmcv.cnn.bricks.wrappers.Linear', 'mmcv.cnn.bricks.wrappers.Conv2d'}
 
 
+IDLE = 'received nothing in calibration'
+"""Why a layer is float that could have been quantized."""
+
+
 @dataclass(frozen=True)
 class ConversionReport:
     """What a conversion did.
@@ -22,7 +27,7 @@ class ConversionReport:
     Attributes:
         recipe: The recipe.
         scope: ``backbone`` or ``model``.
-        skipped: Layers of the converted module that stay float, with the reason.
+        skipped: Layers of the converted module that stay float, with the reason. :func:`leave_float` adds to it.
     """
 
     recipe: Recipe
@@ -90,6 +95,21 @@ def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Rec
         recipe.equip(op, {'input': site, 'weight': 'weight'})
         _replace(module, layer, op)
     return skipped
+
+
+def leave_float(model: nn.Module, report: ConversionReport, names: Iterable[str]) -> None:
+    """Puts float layers in the place of quantized ones that received nothing in calibration, and says so in the report.
+
+    Raises:
+        QuantizationError: If one is no quantized layer of the model, naming it.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        op = modules.get(name)
+        if not isinstance(op, QuantLinear | QuantConv2d):
+            raise QuantizationError(f'{name} is to stay float, but is no layer of the model that could be quantized')
+        _replace(model, op, op.to_float())
+        report.skipped[name] = IDLE
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -29,7 +29,7 @@ class BlockResult:
     Attributes:
         name: The block.
         params: The parameters of its quantizers, and weights that changed, see :meth:`Block.state`.
-        sqnr_db: By operation: 10 log10 of the power of its float output over the power of its error, on the sample of its
+        sqnr_db: By operation that ran: 10 log10 of the power of its float output over the power of its error, on the sample of its
             activations; None where one of the two is zero.
     """
 
@@ -57,8 +57,11 @@ def calibrate(module: nn.Module, names: list[str], inputs: list[Call], method: M
         The results, in forward order.
 
     Raises:
-        QuantizationError: If there are no inputs, a weight or activation is not finite, or two blocks share a layer, naming the layer.
+        QuantizationError: If there are no inputs, a weight or activation is not finite, or two blocks share a layer, naming the layer;
+            or in inference mode.
     """
+    if torch.is_inference_mode_enabled():
+        raise QuantizationError('calibration does not work in torch.inference_mode(): changes in place go unnoticed there; leave it')
     if not inputs:
         raise QuantizationError('the calibration set is empty')
     check_weights(module)
@@ -90,6 +93,7 @@ def calibrate_block(block: Block, method: Method, done: BlockResult | None = Non
         The result, and the outputs of the float block.
     """
     if done:
+        block.ops = {name: op for name, op in block.ops.items() if name in done.sqnr_db}
         outputs = block.run_float()
         block.load(done.params)
         return done, outputs

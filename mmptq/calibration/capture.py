@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ..errors import QuantizationError
 from ..layers import QuantOp
@@ -47,6 +47,7 @@ class Block:
         ops: The operations to calibrate, by name.
         seed: Of the samples.
         float_calls: Its calls in the float model, if they differ.
+        some_idle: Whether operations may receive nothing; they are then no longer among its ``ops``. Else that is an error.
 
     Attributes:
         samples: A sample of each operation's activations.
@@ -55,13 +56,14 @@ class Block:
     """
 
     def __init__(self, name: str, module: Callable[..., Any], calls: list[Call], ops: dict[str, QuantOp], seed: int = 0,
-                 float_calls: list[Call] | None = None) -> None:
+                 float_calls: list[Call] | None = None, some_idle: bool = False) -> None:
         self.name = name
         self.module = module
         self.calls = calls
         self.ops = ops
         self.seed = seed
         self.float_calls = calls if float_calls is None else float_calls
+        self.some_idle = some_idle
         self.samples: dict[str, Samples] = {}
         self.weights: dict[str, Tensor] = {}
         self.float_weights: dict[str, Tensor] = {}
@@ -93,7 +95,7 @@ class Block:
             The outputs of the float model.
 
         Raises:
-            QuantizationError: If an activation or output is not finite, naming the operation, or an operation does not run.
+            QuantizationError: If an activation or output is not finite, naming the operation, or an operation does not run that has to.
         """
         generator = torch.Generator().manual_seed(self.seed)
         rows_a_call = -(-rows // max(len(self.calls), 1))
@@ -114,10 +116,11 @@ class Block:
         with in_float(self.ops), listening(self.ops, keep):
             outputs = self.run()
         idle = [name for name, found in samples.items() if not found]
-        if idle:
+        if idle and not self.some_idle:
             raise QuantizationError(f'{", ".join(idle)} received nothing in {len(self.calls)} calibration images; use more or other '
                                     'images (--calib-images, --calib-cfg)')
-        self.samples = {name: merge(found) for name, found in samples.items()}
+        self.ops = {name: op for name, op in self.ops.items() if samples[name]}
+        self.samples = {name: merge(samples[name]) for name in self.ops}
         self.weights = {name: torch.cat(found) for name, found in weights.items() if found}
         for name, op in self.ops.items():
             if not all(bool(torch.isfinite(op.compute(*op.operands(*sample)).square().sum())) for sample in self.samples[name]):
@@ -248,7 +251,8 @@ class Stream:
         inputs: Calls of the module.
 
     Raises:
-        QuantizationError: If a block does not run, runs twice, runs out of order, or needs what an earlier one gave.
+        QuantizationError: If a block does not run, runs twice, runs out of order, needs what an earlier one gave, or if its input or
+            output is changed in place.
     """
 
     def __init__(self, module: nn.Module, names: list[str], inputs: list[Call]) -> None:
@@ -288,7 +292,28 @@ class Stream:
 
     def _check_order(self) -> None:
         ran: list[str] = []
-        handles = [self.module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.append(name)) for name in self.names]
+        present: list[tuple[str, Any, list[int]]] = []  # the input of the block that runs, or the output of the one before
+
+        def check() -> None:
+            for what, tensors, then in present:
+                if versions(tensors) != then:
+                    raise QuantizationError(f'{what} is changed in place, and calibration needs it again: write x = x + y for x += y')
+
+        def before(name: str, args: Any, kwargs: Any) -> None:
+            check()
+            ran.append(name)
+            present[:] = [(f'the input of block {name}', (args, kwargs), versions((args, kwargs)))]
+
+        def after(name: str, output: Any) -> None:
+            check()
+            present[:] = [(f'the output of block {name}', output, versions(output))]
+
+        handles = []
+        for name in self.names:
+            block = self.module.get_submodule(name)
+            handles.append(block.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: before(name, args, kwargs), with_kwargs=True))
+            handles.append(block.register_forward_hook(lambda _, args, output, name=name: after(name, output)))
         try:
             for call in self.inputs[:1]:
                 self.module(*call.args, **call.kwargs)
@@ -330,6 +355,11 @@ class Stream:
         forwards = [answer(number) for number in range(len(answers))] + [reach]
         with with_forwards(list(zip(blocks, forwards, strict=True))):
             yield reached
+
+
+def versions(tree: Any) -> list[int]:
+    """How often each tensor of a tree was changed in place."""
+    return [leaf._version for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def _hollow(x: Any) -> Any:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from ..layers import QuantOp
-from .capture import with_forwards
+from .capture import versions, with_forwards
 
 
 class Replay:
@@ -34,7 +33,7 @@ class Replay:
         """The output of the module."""
         self.recording = self.answers is None
         self.waiting = {}
-        if self.answers is None or any(_versions(answer) != versions for _, answer, versions in self.answers):
+        if self.answers is None or any(versions(answer) != then for _, answer, then in self.answers):
             self.answers = []
         for part, answer, _ in [] if self.recording else self.answers:
             self.waiting.setdefault(part, deque()).append(answer)
@@ -51,13 +50,8 @@ class Replay:
         before = len(self.answers)
         output = own(*args, **kwargs)
         if self.recording:  # the whole part ended before the operation: it answers for its own parts
-            self.answers[before:] = [(part, output, _versions(output))]
+            self.answers[before:] = [(part, output, versions(output))]
         return output
-
-
-def _versions(answer: Any) -> list[int]:
-    """How often each tensor of an answer was changed in place."""
-    return [leaf._version for leaf in tree_leaves(answer) if isinstance(leaf, Tensor)]
 
 
 @contextmanager

@@ -11,9 +11,11 @@ from mmengine.dist import is_main_process
 from torch import nn
 
 from ..backbones import ConversionReport, find_spec
+from ..backbones.convert import leave_float
 from ..calibration import Block, BlockResult, Call, calibrate, calibrate_block, operations
 from ..errors import QuantizationError
 from . import memory
+from .checkpoint import some
 from .data import CalibrationSet
 from .progress import BlockProgress
 from .resume import fingerprint, load_progress, save_progress
@@ -27,7 +29,7 @@ def calibrate_model(model: Any, images: CalibrationSet, seed: int, logger: loggi
     """Calibrates a converted detector or segmentor, in place.
 
     Neck and heads, if they are quantized, come first, while the backbone is still float, and get what they get in a test:
-    feature maps of all levels, real proposals.
+    feature maps of all levels, real proposals. Those of their layers that get nothing stay float.
 
     Args:
         model: With a converted backbone, not calibrated.
@@ -67,9 +69,14 @@ def calibrate_model(model: Any, images: CalibrationSet, seed: int, logger: loggi
 
         try:
             if heads:
-                block = Block(HEADS, model.test_step, [Call((batch,)) for batch in images.batches()], heads, seed)
+                block = Block(HEADS, model.test_step, [Call((batch,)) for batch in images.batches()], heads, seed, some_idle=True)
                 on_calls(block)
                 on_block(calibrate_block(block, method, done.get(HEADS))[0])
+                idle = [name for name in heads if name not in block.ops]
+                if idle:
+                    logger.warning(f'{some(idle)} received nothing in {len(images.paths)} calibration images and will stay float; more or '
+                                   'other images (--calib-images, --calib-cfg) may change that')
+                leave_float(model, report, idle)
                 del block
             calibrate(model.backbone, names, backbone_calls(model, images.batches()), method, seed, done, on_calls, on_block)
         except (MemoryError, torch.cuda.OutOfMemoryError) as error:
@@ -128,6 +135,14 @@ def backbone_calls(model: Any, batches: Iterable[dict[str, Any]]) -> list[Call]:
     finally:
         handle.remove()
     return calls
+
+
+@torch.no_grad()
+def try_backbone(model: Any, batch: dict[str, Any]) -> None:
+    """Runs the backbone on a batch; raises QuantizationError if an attention in it is not what its BackboneSpec says."""
+    model.eval()
+    call = backbone_calls(model, [batch])[0]
+    model.backbone(*call.args, **call.kwargs)
 
 
 def check_memory(block: Block) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -15,13 +16,13 @@ from mmengine.runner import Runner
 
 from ..analysis.summary import layer_rows, model_size
 from ..backbones import ConversionReport
-from ..backbones.convert import layers_with_products
+from ..backbones.convert import IDLE, layers_with_products, leave_float
 from ..calibration import check_weights
 from ..errors import QuantizationError
 from ..registry import HOOKS
 from ..version import __version__
 from . import memory
-from .calibration import calibrate_model, inner_model, quantization
+from .calibration import calibrate_model, inner_model, quantization, try_backbone
 from .checkpoint import is_calibrated, load_checked, save_atomically, write_atomically
 from .data import CalibrationSet, build_calibration_set, calibration_dataset
 from .packed import packed_model, write_packed
@@ -77,11 +78,12 @@ class PTQHook(Hook):
         self._loaded = {'dataset_meta': meta.get('dataset_meta'), 'mmptq': meta.get('mmptq')}
 
     def prepare(self, runner: Runner) -> None:
-        """Draws the calibration images and reads each once, so that what is wrong with them is known before long work.
+        """Draws the calibration images, reads each once and runs the backbone on one, so that what is wrong is known before long work.
 
         Raises:
             QuantizationError: If the data set, or that of the evaluation, cannot be built or is empty, if an image cannot be
-                read, or is evaluated without this being asked for; if the config cannot be packed and is to be.
+                read, or is evaluated without this being asked for; if an attention has other than two products; if the config cannot
+                be packed and is to be.
         """
         if self.pack:
             packed_model(self.config or runner.cfg)
@@ -92,8 +94,10 @@ class PTQHook(Hook):
             raise QuantizationError(f'the test data set or metric of the config cannot be built: {reason}') from error
         dataset = self.dataset or calibration_dataset(runner.cfg, self.calib_cfg, self.on_test)
         self._images = build_calibration_set(dataset, self.images, self.seed, evaluated, self.on_test, self.shuffle)
-        for _ in self._images.batches():
-            pass
+        model = inner_model(runner.model)
+        for number, batch in enumerate(self._images.batches()):
+            if number == 0:
+                try_backbone(model, batch)
         log_images(runner, self._images, self.images)
 
     def before_test(self, runner: Runner) -> None:
@@ -158,7 +162,7 @@ class PTQHook(Hook):
         meta = {key: value for key, value in (('dataset_meta', self._loaded.get('dataset_meta')),) if value}
         state = {key: value.cpu() for key, value in model.state_dict().items()}
         save_atomically({'meta': {**meta, 'mmptq': self._about()}, 'state_dict': state}, work_dir / 'quantized.pth')
-        config = portable_config(self.config or runner.cfg)
+        config = portable_config(self.config or runner.cfg, idle_layers(self.summary))
         write_atomically(work_dir / 'quantized.py', lambda temporary: Path(temporary).write_text(config.pretty_text))
         runner.logger.info(f'wrote {work_dir / "quantized.pth"} and {work_dir / "quantized.py"}')
 
@@ -171,9 +175,19 @@ class PTQHook(Hook):
                              lambda temporary: Path(temporary).write_text(json.dumps(self.summary, indent=2) + '\n'))
 
 
-def portable_config(cfg: Config) -> Config:
-    """A config without what belongs to one run: where it wrote, what it loaded, whether it resumed."""
+def idle_layers(made: Mapping[str, Any]) -> list[str]:
+    """The layers that received nothing in a calibration, by its summary."""
+    return [row['name'] for row in made.get('layers', []) if row['reason'] == IDLE]
+
+
+def portable_config(cfg: Config, idle: list[str]) -> Config:
+    """A config with the layers that stay float, and without what belongs to one run: where it wrote, what it loaded, whether it resumed."""
     cfg = deepcopy(cfg)
+    if idle:
+        model = cfg.model
+        while model.type != 'mmptq.QuantModel':  # test-time augmentation
+            model = model.module
+        model.idle = idle
     for key in ('work_dir', 'load_from'):
         cfg.pop(key, None)
     for hook in cfg.custom_hooks:
@@ -184,8 +198,9 @@ def portable_config(cfg: Config) -> Config:
 
 
 def test_result(metrics: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
-    """Metrics, as plain numbers, and seconds of an evaluation."""
-    return dict(metrics={name: float(value) for name, value in (metrics or {}).items()}, seconds=round(seconds, 3))
+    """Metrics, as plain numbers, and seconds of an evaluation; None for NaN, which JSON does not have (a class without objects)."""
+    numbers = {name: float(value) for name, value in (metrics or {}).items()}
+    return dict(metrics={name: None if math.isnan(value) else value for name, value in numbers.items()}, seconds=round(seconds, 3))
 
 
 def skipped_layers(model: Any, report: ConversionReport) -> dict[str, str]:
@@ -204,7 +219,9 @@ def how_made(checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any] | 
     """
     meta = checkpoint.get('meta')
     made = meta.get('mmptq') if isinstance(meta, Mapping) else None
-    if made and not (isinstance(made, Mapping) and {'scope', 'recipe', 'bits', 'calibration', 'size', 'layers'} <= set(made)):
+    if made and not (isinstance(made, Mapping) and {'scope', 'recipe', 'bits', 'calibration', 'size', 'layers'} <= set(made)
+                     and isinstance(made['layers'], list) and all(isinstance(row, Mapping) and {'name', 'reason'} <= set(row)
+                                                                  for row in made['layers'])):
         raise QuantizationError(f'{source} does not say how it was quantized; it was not written by this version of mmptq')
     return made or None
 
@@ -224,6 +241,10 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
     if made and (made['scope'] != report.scope or made['recipe'] != report.recipe.to_dict()):
         raise QuantizationError(f'{source} was quantized with recipe {made["recipe"]["name"]}, bits {made["bits"]}, scope {made["scope"]}, '
                                 'and not as asked for; use the float checkpoint, or that recipe and scope')
+    try:
+        leave_float(model, report, [name for name in idle_layers(made or {}) if name not in report.skipped])
+    except QuantizationError as error:
+        raise QuantizationError(f'{source}: {error}') from None
     surplus = load_checked(model, checkpoint.get('state_dict', checkpoint), source)
     try:
         check_weights(model)

@@ -161,6 +161,14 @@ class QuantLinear(QuantOp, nn.Linear):
         op.train(linear.training)
         return op
 
+    def to_float(self) -> nn.Linear:
+        """The float layer with the same (shared) parameters."""
+        with torch.device('meta'):
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        linear.weight, linear.bias = self.weight, self.bias
+        linear.train(self.training)
+        return linear
+
     def operands(self, *activations: Tensor) -> tuple[Tensor, ...]:
         if self.rescale is None:
             return activations[0], self.weight
@@ -228,6 +236,15 @@ class QuantConv2d(QuantOp, nn.Conv2d):
         op.weight, op.bias = conv.weight, conv.bias
         op.train(conv.training)
         return op
+
+    def to_float(self) -> nn.Conv2d:
+        """The float layer with the same (shared) parameters."""
+        with torch.device('meta'):
+            conv = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,  # type: ignore[arg-type]
+                             self.dilation, self.groups, self.bias is not None, self.padding_mode)  # type: ignore[arg-type]
+        conv.weight, conv.bias = self.weight, self.bias
+        conv.train(self.training)
+        return conv
 
     def activations(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         padding = self._reversed_padding_repeated_twice

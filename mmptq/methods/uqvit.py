@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from ..calibration.capture import Block, Samples, in_float, with_forwards
 from ..calibration.ranges import least_error
 from ..calibration.replay import replayed
+from ..errors import QuantizationError
 from ..layers import GeluShift, QuantLinear, QuantMatMul, QuantOp, Rescale, largest_rescale, per_channel_rescale, prefer_large
 from ..layers.rescale import GELU_MINIMUM
 from ..quantizers import Calibrated, Params, Quantizer, UniformQuantizer
@@ -102,18 +103,26 @@ class UQViT:
         require_positive(self, 'rows', *(['images'] if self.images is not None else []))
         require_flags(self, 'propagate_error')
         for name, values, none in (('alphas', self.alphas, False), ('plain_alphas', self.plain_alphas, True)):
-            if not isinstance(values, Sequence) or not values or not all(_is_alpha(value) or (none and value is None) for value in values):
-                raise ValueError(f'{name} must be numbers from 0 to 1{" or None" * none}, at least one, not {values!r}')
+            if not (isinstance(values, list | tuple) and values and all(_is_alpha(value) or (none and value is None) for value in values)):
+                raise ValueError(f'{name} must be a list of numbers from 0 to 1{" or None" * none}, at least one, not {values!r}')
 
     @torch.no_grad()
     def calibrate(self, block: Block) -> list[Any]:
-        """See :class:`mmptq.methods.Method`."""
+        """See :class:`mmptq.methods.Method`.
+
+        Raises:
+            QuantizationError: If an input is to be rescaled, and the block's output has no tensors by which to compare alphas.
+        """
         order: dict[str, QuantOp] = {}
 
         def visit(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
             order.setdefault(name, op)
 
         outputs = block.observe(self.rows, visit)
+        rescaled = [name for name, op in order.items() if isinstance(op, QuantLinear) and isinstance(op.rescale, Rescale)]
+        if rescaled and not _tensors(outputs):
+            raise QuantizationError(f'{rescaled[0]}: alphas are compared by the output of the block, {block.name} give no tensors; drop '
+                                    f'the option rescale of the quantizer of site {order[rescaled[0]].sites["input"]}')
         for name, op in order.items():
             if not isinstance(op, QuantLinear) or not isinstance(op.rescale, Rescale):
                 set_ranges(op, block.samples[name], block.weights.get(name))

@@ -59,7 +59,7 @@ class DeMaxQuantizer(Quantizer):
         super().__init__(bits)
         if isinstance(maxima, bool) or not isinstance(maxima, int) or maxima < 1:
             raise ValueError(f'maxima must be a whole number and at least 1, not {maxima!r}')
-        if side not in SIDES:
+        if not isinstance(side, str) or side not in SIDES:
             raise ValueError(f'side is one of {", ".join(SIDES)}, not {side!r}')
         self.maxima, self.side = maxima, side
 
@@ -72,8 +72,8 @@ class DeMaxQuantizer(Quantizer):
 
     def side_bits(self, length: float) -> float:
         """Bits of the side data of a row of so many entries: m, D, and j* as an index."""
-        value = torch.finfo(SIDES[self.side]).bits
-        return value * (self.maxima + 1) + self.maxima * math.ceil(math.log2(max(2.0, length)))
+        value, taken = torch.finfo(SIDES[self.side]).bits, min(self.maxima, length)
+        return value * (taken + 1) + taken * math.ceil(math.log2(max(2.0, length)))
 
     def observed(self, samples: Sequence[Tensor]) -> Params:
         """The parameters from samples of what will be quantized, (..., rows, length) each."""

@@ -5,6 +5,7 @@ from rich.console import Console
 from torch import nn
 
 from mmptq.analysis.summary import model_size, result_table
+from mmptq.engine.hook import test_result as result_of
 from mmptq.layers import QuantLinear
 from mmptq.quantizers import UniformQuantizer
 
@@ -34,3 +35,12 @@ def test_table_has_float_and_every_recipe_with_scope_bits_and_leak():
                  'coco/segm_mAP', '2.50'):
         assert part in text
     assert 'bbox_mAP_50' not in text
+
+
+def test_a_metric_that_has_no_value_is_none_and_a_dash_in_the_table():
+    result = result_of({'mIoU': float('nan'), 'aAcc': 61.25}, 1.5)
+    assert result == dict(metrics={'mIoU': None, 'aAcc': 61.25}, seconds=1.5)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(result_table([summary('a_w4a4', result)]))
+    row = next(line for line in console.export_text().splitlines() if 'a_w4a4' in line)
+    assert [cell.strip() for cell in row.split('│')[1:5]] == ['a_w4a4', '4/4/3', '-', '61.25']

@@ -1,4 +1,7 @@
 """The bundled demo, cut to a few images, quantized once a task."""
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +22,17 @@ class Task:
         self.package = 'mmseg' if 'upernet' in name else 'mmdet'
 
 
+def stock_tool(package, config, checkpoint, work_dir, *args):
+    """Runs the test tool of mmdet or mmseg in a process of its own; returns its metrics and what it wrote to the terminal."""
+    folder = Path(__import__(package).__file__).parent
+    tool = next(path for path in (folder / '.mim' / 'tools' / 'test.py', folder.parent / 'tools' / 'test.py') if path.exists())
+    done = subprocess.run([sys.executable, str(tool), str(config), str(checkpoint), '--work-dir', str(work_dir), *map(str, args)],
+                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-2000:]
+    log = json.loads(next(Path(work_dir).glob('2*/2*.json')).read_text())
+    return {name: value for name, value in log.items() if name not in ('data_time', 'time')}, done.stdout + done.stderr
+
+
 @pytest.fixture(scope='session')
 def demo_data():
     sys.path.insert(0, str(ROOT / 'demo'))
@@ -34,6 +48,11 @@ def task(request, demo_data):
 @pytest.fixture(scope='session')
 def upernet(demo_data):
     return Task('upernet_swin-demo')
+
+
+@pytest.fixture(scope='session')
+def mask_rcnn(demo_data):
+    return Task('mask-rcnn_swin-demo')
 
 
 @pytest.fixture(scope='session')

@@ -1,23 +1,22 @@
 """The whole road on the bundled demo: what lands in the work_dir, and that it is what it says."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
+from mmseg.models.backbones.swin import WindowMSA
 
 from mmptq import QuantizationError
-from mmptq.apis import load_recipe, quantize
+from mmptq.apis import load_packed, load_recipe, pack, quantize
 from mmptq.apis.quantize import quantized_config
 from mmptq.engine.checkpoint import load_file, safe_loading
 from mmptq.quantizers import Quantizer
 
 from ..conftest import fast
-from .conftest import FEW, SHARED
+from .conftest import FEW, SHARED, stock_tool
 
 
 def stock_test(cfg, checkpoint, work_dir):
@@ -98,14 +97,10 @@ def test_quantized_config_belongs_to_no_run(task, quantized):
 
 def test_stock_test_tool_runs_on_the_quantized_config(task, quantized, tmp_path):
     work_dir, summary = quantized
-    package = Path(__import__(task.package).__file__).parent
-    tool = next(path for path in (package / '.mim' / 'tools' / 'test.py', package.parent / 'tools' / 'test.py') if path.exists())
-    done = subprocess.run([sys.executable, str(tool), str(work_dir / 'quantized.py'), str(work_dir / 'quantized.pth'),
-                           '--work-dir', str(tmp_path)], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert 'no calibration' in done.stdout + done.stderr
-    metrics = json.loads((tmp_path / 'summary.json').read_text())['quantized']['metrics']
-    assert metrics[task.headline] == pytest.approx(summary['quantized']['metrics'][task.headline], abs=1e-3)
+    metrics, output = stock_tool(task.package, work_dir / 'quantized.py', work_dir / 'quantized.pth', tmp_path)
+    assert 'no calibration' in output
+    again = json.loads((tmp_path / 'summary.json').read_text())['quantized']['metrics']
+    assert again == metrics and metrics[task.headline] == pytest.approx(summary['quantized']['metrics'][task.headline], abs=1e-3)
 
 
 @pytest.mark.parametrize('change, named', [
@@ -149,6 +144,55 @@ def test_scope_model_quantizes_neck_and_heads_and_says_so(task, tmp_path):
     with pytest.raises(QuantizationError, match='scope model'):
         quantize(task.config, str(tmp_path / 'quantized.pth'), 'minmax_w8a8', scope='backbone', work_dir=str(tmp_path), cfg_options=FEW,
                  float_eval=False, evaluate=False)
+
+
+def test_layers_that_receive_nothing_stay_float_and_are_listed(mask_rcnn, tmp_path, monkeypatch):
+    """A mask head where nothing is found: in the summary, the log, the config, resumed, packed and loaded again."""
+    settings = dict(scope='model', calib_images=2, float_eval=False)
+    nothing = {**FEW, 'model.test_cfg.rcnn.score_thr': 1.1}
+    with monkeypatch.context() as patch:
+        patch.setattr('mmptq.engine.calibration.calibrate', killed)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(mask_rcnn.config, mask_rcnn.checkpoint, 'minmax_w8a8', work_dir=str(tmp_path), cfg_options=nothing, **settings)
+    summary = quantize(mask_rcnn.config, mask_rcnn.checkpoint, 'minmax_w8a8', work_dir=str(tmp_path), cfg_options=nothing, resume=True,
+                       pack=True, evaluate=False, **settings)
+    idle = [row['name'] for row in summary['layers'] if row['reason'] == 'received nothing in calibration']
+    prefix = 'roi_head.mask_head.'
+    assert idle == [f'{prefix}convs.0.conv', f'{prefix}convs.1.conv', f'{prefix}conv_logits']
+    assert [row['name'] for row in summary['layers'] if row['bits'] is None] == [*idle[:2], f'{prefix}upsample', idle[2]]
+    for log in tmp_path.rglob('*.log'):
+        assert f'{", ".join(idle)} received nothing in 2 calibration images and will stay float' in log.read_text()
+    cfg = Config.fromfile(tmp_path / 'quantized.py')
+    assert cfg.model.idle == idle
+    cfg.merge_from_dict({'model.model.test_cfg.rcnn.score_thr': 0.05})
+    runner, metrics = stock_test(cfg.copy(), tmp_path / 'quantized.pth', tmp_path / 'again')
+    assert all(type(runner.model.get_submodule(name)) is torch.nn.Conv2d for name in idle)
+    assert metrics['coco/segm_mAP'] > 0.04  # all 100 images are counted
+    again = quantize(mask_rcnn.config, str(tmp_path / 'quantized.pth'), work_dir=str(tmp_path / 'given'), cfg_options=FEW, **settings)
+    assert again['quantized']['metrics'] == {name: float(value) for name, value in metrics.items()}
+    state = runner.model.state_dict()
+    for model in (load_packed(tmp_path / 'quantized.safetensors'), load_packed(pack(mask_rcnn.config, str(tmp_path / 'quantized.pth')))):
+        found = model.state_dict()
+        assert found.keys() == state.keys() and all(torch.equal(found[f'{name}.weight'], state[f'{name}.weight']) for name in idle)
+    MODELS.build(cfg.model).load_state_dict(state, strict=True)  # as where there is no hook
+    with pytest.raises(QuantizationError, match='lacks parameters of quantizers'):
+        MODELS.build(dict(cfg.model, idle=[])).load_state_dict(state)
+
+
+def killed(*_, **__):
+    raise KeyboardInterrupt
+
+
+class OtherAttention(WindowMSA):
+    def forward(self, x, mask=None):
+        return super().forward(x, mask) @ torch.eye(x.shape[-1])
+
+
+def test_an_attention_of_another_kind_is_refused_before_anything_is_evaluated(upernet, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmseg.models.backbones.swin.WindowMSA', OtherAttention)
+    monkeypatch.setitem(quantize.__globals__, 'evaluate_float', pytest.fail)
+    with pytest.raises(QuantizationError, match='OtherAttention multiplies'):
+        quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', work_dir=str(tmp_path), cfg_options=FEW)
 
 
 def test_a_data_preprocessor_beside_the_model_goes_into_it():

@@ -218,3 +218,16 @@ def test_whole_models_need_a_backbone():
     cfg = dict(type='FCNHead', in_channels=4, channels=4, num_classes=2)
     with pytest.raises(QuantizationError, match='FCNHead has no backbone'):
         build_in('mmseg', dict(type='mmptq.QuantModel', model=cfg, recipe=load_recipe('adalog_w4a4')))
+
+
+def test_layers_that_are_to_stay_float():
+    names = ['decode_head.conv_seg', 'backbone.stages.1.blocks.0.attn.w_msa.proj']
+    cfg = dict(type='mmptq.QuantModel', model=segmentor(), recipe=load_recipe('adalog_w4a4'))
+    model = build_in('mmseg', dict(cfg, idle=names))
+    assert [type(model.get_submodule(name)) for name in names] == [nn.Conv2d, nn.Linear]
+    assert all(model.quantization.skipped[name] == 'received nothing in calibration' for name in names)
+    assert unaccounted(model, model.quantization) == []
+    assert set(operations(build_in('mmseg', cfg))) - set(operations(model)) == set(names)
+    for name in ('decode_head.conv', 'decode_head', 'backbone.stages.0.blocks.0.attn.w_msa.qk'):
+        with pytest.raises(QuantizationError, match=rf'^{name} is to stay float, but'.replace('.', r'\.')):
+            build_in('mmseg', dict(cfg, idle=[name]))

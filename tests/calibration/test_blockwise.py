@@ -272,6 +272,12 @@ def test_an_image_that_is_not_finite_names_the_layer(family):
         calibrate(backbone, names_of(backbone), calls, MinMax())
 
 
+def test_inference_mode_is_refused(family):
+    backbone = quantizable(*family)
+    with torch.inference_mode(), pytest.raises(QuantizationError, match='inference_mode'):
+        calibrate(backbone, names_of(backbone), inputs(), MinMax())
+
+
 def test_an_empty_set_is_refused(family):
     backbone = quantizable(*family)
     with pytest.raises(QuantizationError, match='calibration set is empty'):

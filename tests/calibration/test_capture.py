@@ -8,11 +8,12 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from mmptq import QuantizationError
 from mmptq.backbones import find_spec
-from mmptq.calibration import Block, Call, Stream, operations
+from mmptq.calibration import Block, Call, Stream, calibrate_block, operations
 from mmptq.calibration.capture import merge
 from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Rescale, extend_attention
+from mmptq.methods import AdaLog, AdaLogBRECQ, MinMax, UQViT
 
-from ..conftest import SWIN, TwoProducts, equip, image, quantizable
+from ..conftest import FAST, SWIN, TwoProducts, equip, image, quantizable
 
 SIZES = [(45, 57), (64, 64), (33, 90)]
 
@@ -157,6 +158,29 @@ def test_blocks_that_do_not_run_once_in_order_are_refused(order, names):
 def test_the_block_that_did_not_run_is_named():
     with pytest.raises(QuantizationError, match='block c did not run'):
         run_through(Script('ab', 'abc'), 'abc')
+
+
+class InPlace(Script):
+    """Adds to the input or the output of block b in place."""
+
+    def __init__(self, inside):
+        super().__init__('abc', 'abc')
+        self.inside = inside
+        self.b.register_forward_hook(lambda _, args, output: args[0].add_(output) if inside else None)
+
+    def forward(self, x):
+        x = self.b(self.a(x))
+        if not self.inside:
+            x += 1
+        return self.c(x).add_(1)  # nothing needs the last output again
+
+
+@pytest.mark.parametrize(('inside', 'what'), [(True, 'input'), (False, 'output')])
+@torch.no_grad()
+def test_changes_in_place_that_calibration_would_not_survive_are_refused(inside, what):
+    """A block runs several times on its calls, and its outputs are needed as they were."""
+    with pytest.raises(QuantizationError, match=rf'^the {what} of block b is changed in place.*write x = x \+ y'):
+        run_through(InPlace(inside), 'abc')
 
 
 def test_blocks_that_run_for_some_inputs_only_are_refused():
@@ -411,6 +435,23 @@ def test_operations_that_do_not_run_are_named():
     block.ops['stage.idle'] = equip(QuantLinear.from_float(nn.Linear(4, 4)))
     with pytest.raises(QuantizationError, match=r'stage\.idle received nothing in 3 calibration images'):
         block.observe(10)
+
+
+@pytest.mark.parametrize('method', [MinMax(), AdaLog(**FAST), AdaLogBRECQ(**FAST, iterations=4), UQViT(rows=64)],
+                         ids=lambda method: type(method).__name__)
+def test_operations_that_need_not_run_are_left_out_by_every_method(method):
+    block = two_layers()
+    block.some_idle, block.ops['stage.idle'] = True, equip(QuantLinear.from_float(nn.Linear(4, 4)))
+    idle = block.ops['stage.idle']
+    result, outputs = calibrate_block(block, method)
+    assert len(outputs) == 3 and list(block.ops) == list(result.sqnr_db) == list(block.samples) == ['stage.0', 'stage.1']
+    assert all(quantizer.params for op in block.ops.values() for quantizer in op.quantizers().values())
+    assert not any(quantizer.params for quantizer in idle.quantizers().values())
+    resumed = two_layers()
+    resumed.some_idle, resumed.ops['stage.idle'] = True, idle
+    calibrate_block(resumed, method, result)
+    assert list(resumed.ops) == ['stage.0', 'stage.1']
+    assert all(torch.equal(value, result.params[name]) for name, value in resumed.state().items())
 
 
 def test_empty_activations_are_passed_over():

@@ -71,6 +71,16 @@ def test_uncalibrated_matmul_is_matmul():
     assert torch.equal(equip(QuantMatMul())(left, right), left @ right)
 
 
+@pytest.mark.parametrize('plain', [nn.Linear(17, 5), nn.Linear(17, 5, bias=False), *map(conv, CONVS)], ids=str)
+def test_a_layer_made_float_again_is_the_layer_that_it_was(plain):
+    plain.eval()
+    again = equip((QuantLinear if isinstance(plain, nn.Linear) else QuantConv2d).from_float(plain)).to_float()
+    assert type(again) is type(plain) and str(again) == str(plain) and not again.training
+    assert again.weight is plain.weight and again.bias is plain.bias and list(again.state_dict()) == list(plain.state_dict())
+    x = torch.randn(2, 4, 13, 17)
+    assert torch.equal(again(x), plain(x))
+
+
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('kind', ['linear', 'conv'])
 def test_parameters_are_shared_and_keep_their_names(kind, bias):

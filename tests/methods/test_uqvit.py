@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mmptq.methods.uqvit as uqvit
+from mmptq import QuantizationError
 from mmptq.apis import load_recipe
 from mmptq.backbones import find_spec
 from mmptq.calibration import Block, Call, calibrate, operations
@@ -217,6 +218,14 @@ def test_r_is_finite_and_positive_whatever_comes(site, edge, weight):
         torch.testing.assert_close(op(x), op.float_forward(x))
 
 
+def test_a_block_without_tensors_as_outputs_cannot_compare_alphas():
+    """Heads give boxes and masks in objects of their own."""
+    op, x = rescaled_linear('linear'), torch.randn(40, 6)
+    block = Block('heads', lambda batch: [str(op(batch))], [Call((x,))], {'heads.fc': op})
+    with pytest.raises(QuantizationError, match=r'^heads\.fc: alphas .* heads give no tensors; drop .* rescale .* site linear'):
+        UQViT(**SMALL).calibrate(block)
+
+
 def test_masked_rows_and_single_entries_of_attention_are_exact():
     op = equip(QuantMatMul(), left=DeMaxQuantizer(4), right=UniformQuantizer(4, axis=-3))
     op.sites = {'left': 'post_softmax', 'right': 'value'}
@@ -257,7 +266,8 @@ def test_results_are_repeatable_and_taken_up_again(family):
 
 @pytest.mark.parametrize('options, named', [
     (dict(alphas=[]), 'alphas'), (dict(alphas=[0, 1.5]), 'alphas'), (dict(alphas=[None]), 'alphas'), (dict(alphas=0.1), 'alphas'),
-    (dict(alphas=['0']), 'alphas'), (dict(alphas=[float('nan')]), 'alphas'), (dict(plain_alphas=[-0.1]), 'plain_alphas'),
+    (dict(alphas=['0']), 'alphas'), (dict(alphas=range(2)), 'alphas'),
+    (dict(alphas=[float('nan')]), 'alphas'), (dict(plain_alphas=[-0.1]), 'plain_alphas'),
     (dict(plain_alphas=[]), 'plain_alphas'), (dict(plain_alphas=[True]), 'plain_alphas'), (dict(images=0), 'images'),
     (dict(images=1.5), 'images'), (dict(rows=0), 'rows'), (dict(propagate_error=1), 'propagate_error'),
 ])

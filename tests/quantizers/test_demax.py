@@ -1,4 +1,6 @@
 """DeMax against hand-computed rows, the equation in numpy, integer arithmetic, and its properties."""
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -309,6 +311,7 @@ def test_effective_bits_of_windows(bits):
 @pytest.mark.parametrize(('length', 'options', 'extra'), [
     (49.0, {}, (32 + 32 + 6) / 49), (49.0, dict(maxima=2, side='float16'), (3 * 16 + 2 * 6) / 49), (64.0, {}, 70 / 64),
     (65.0, {}, 71 / 65), (1.0, {}, 65), (2.0, dict(side='float16'), 33 / 2), (144.5, dict(side='float16'), 40 / 144.5),
+    (4.0, dict(maxima=9, side='float16'), (5 * 16 + 4 * 2) / 4),  # a row of 4 has no more than 4
 ])
 def test_effective_bits_by_hand(length, options, extra):
     assert demax(4, length, **options).effective_bits == pytest.approx(4 + extra)
@@ -342,10 +345,11 @@ def test_a_length_must_be_finite():
 @pytest.mark.parametrize(('options', 'named'), [
     (dict(maxima=0), 'maxima'), (dict(maxima=-1), 'maxima'), (dict(maxima=True), 'maxima'), (dict(maxima=1.5), 'maxima'),
     (dict(maxima='2'), 'maxima'), (dict(maxima=None), 'maxima'), (dict(side='float64'), 'side'), (dict(side=None), 'side'),
+    (dict(side=['float16']), 'side'),
     (dict(bits=9), 'bits'), (dict(bits=1), 'bits'), (dict(bits=4.0), 'bits'), (dict(bits=True), 'bits'),
 ], ids=str)
 def test_wrong_options_are_named(options, named):
-    with pytest.raises(ValueError, match=rf'^{named} .*not {next(iter(options.values()))!r}'):
+    with pytest.raises(ValueError, match=rf'^{named} .*not {re.escape(repr(next(iter(options.values()))))}'):
         DeMaxQuantizer(**{'bits': 4, **options})
 
 

@@ -1,0 +1,9 @@
+"""Cascade Mask R-CNN Swin-S with its backbone in UQ-ViT W3A3.
+
+    python MMDET/tools/test.py configs/mmdet/cascade-mask-rcnn_swin-s_uqvit-w3a3.py CHECKPOINT
+
+Not measured; none published.
+"""
+_base_ = './cascade-mask-rcnn_swin-s_adalog-w4a4.py'
+
+model = dict(backbone=dict(recipe='uqvit_w3a3'))

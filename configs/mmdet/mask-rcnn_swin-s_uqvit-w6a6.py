@@ -1,0 +1,9 @@
+"""Mask R-CNN Swin-S with its backbone in UQ-ViT W6A6.
+
+    python MMDET/tools/test.py configs/mmdet/mask-rcnn_swin-s_uqvit-w6a6.py CHECKPOINT
+
+Not measured; none published.
+"""
+_base_ = './mask-rcnn_swin-s_adalog-w4a4.py'
+
+model = dict(backbone=dict(recipe='uqvit_w6a6'))

@@ -1,0 +1,9 @@
+"""SETR-PUP ViT-L/16 with its backbone in UQ-ViT W4A4.
+
+    python MMSEG/tools/test.py configs/mmseg/setr-pup_vit-l16_uqvit-w4a4.py CHECKPOINT
+
+Not measured; none published.
+"""
+_base_ = './setr-pup_vit-l16_adalog-w4a4.py'
+
+model = dict(backbone=dict(recipe='uqvit_w4a4'))

@@ -1,0 +1,9 @@
+"""UperNet DeiT-S/16 (MultiLevelNeck) with its backbone in UQ-ViT W4A4.
+
+    python MMSEG/tools/test.py configs/mmseg/upernet_deit-s16-mln_uqvit-w4a4.py CHECKPOINT
+
+Not measured; none published.
+"""
+_base_ = './upernet_deit-s16-mln_adalog-w4a4.py'
+
+model = dict(backbone=dict(recipe='uqvit_w4a4'))

@@ -1,0 +1,9 @@
+"""UperNet Swin-S with its backbone in UQ-ViT W3A3.
+
+    python MMSEG/tools/test.py configs/mmseg/upernet_swin-s_uqvit-w3a3.py CHECKPOINT
+
+Not measured; none published.
+"""
+_base_ = './upernet_swin-s_adalog-w4a4.py'
+
+model = dict(backbone=dict(recipe='uqvit_w3a3'))

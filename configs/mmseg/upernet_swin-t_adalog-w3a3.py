@@ -1,0 +1,9 @@
+"""UperNet Swin-T with its backbone in AdaLog W3A3.
+
+    python MMSEG/tools/test.py configs/mmseg/upernet_swin-t_adalog-w3a3.py CHECKPOINT
+
+Not measured; none published.
+"""
+_base_ = './upernet_swin-t_adalog-w4a4.py'
+
+model = dict(backbone=dict(recipe='adalog_w3a3'))

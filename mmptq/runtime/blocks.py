@@ -1,0 +1,299 @@
+"""Transformer blocks in integers, worked through in pieces that stay in the cache.
+
+A block ``x + attention(norm1(x))``, ``x + ffn(norm2(x))`` runs as: codes of the normalized tokens; window by window (a Vision Transformer
+has one) queries, keys and values, both products, codes of the attention's output; piece by piece of tokens the projection and the
+feed-forward network, added to the tokens. Windows are padded, shifted and cut by one index of codes for each size of image.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import SelfAttention
+from .coders import Uniform
+from .kernels import merge_heads, softmax, split_heads, with_maxima
+from .ops import IntegerLinear, IntegerMatMul
+
+PIECE = 2**21
+"""Values of the widest tensor of a piece: larger ones leave the cache, smaller ones are not worth a call."""
+
+KEPT = 8
+"""Sizes of images whose windows a block keeps."""
+
+LEAST = 2048
+"""Tokens of a piece for the feed-forward network, at least: with fewer, reading the weights costs most."""
+
+
+class Windows(NamedTuple):
+    """How the tokens of an image are cut into windows.
+
+    Attributes:
+        token: The token at each place, (windows, length); behind the last one stands the padding.
+        place: The place of each token, (tokens,).
+        regions: Of each place: those of different regions of a window do not see each other, (windows, length).
+    """
+
+    token: Tensor
+    place: Tensor
+    regions: Tensor | None
+
+
+def whole(tokens: int, device: torch.device) -> Windows:
+    """All tokens in one window."""
+    every = torch.arange(tokens, device=device)
+    return Windows(every[None], every, None)
+
+
+def shifted(height: int, width: int, size: int, shift: int, device: torch.device) -> Windows:
+    """Swin's windows of a map (height, width): padded below and on the right, rolled by ``shift``, cut into ``size`` x ``size``."""
+    rows, columns = -(-height // size) * size, -(-width // size) * size
+    token = torch.full((rows, columns), height * width, device=device)
+    token[:height, :width] = torch.arange(height * width, device=device).view(height, width)
+    region = torch.zeros(rows, columns, device=device)
+    if shift:
+        token = token.roll((-shift, -shift), (0, 1))
+        row, column = (torch.zeros(length, device=device) for length in (rows, columns))
+        for line in (row, column):
+            line[-size:-shift] = 1
+            line[-shift:] = 2
+        region = 3 * row[:, None] + column
+
+    def cut(x: Tensor) -> Tensor:
+        return x.view(rows // size, size, columns // size, size).transpose(1, 2).reshape(-1, size * size)
+
+    index = cut(token)
+    place = torch.empty(height * width + 1, dtype=torch.int64, device=device)
+    place[index.flatten()] = torch.arange(index.numel(), device=device)
+    return Windows(index, place[:-1], cut(region) if shift else None)
+
+
+@dataclass
+class Parts:
+    """What a block is made of.
+
+    Attributes:
+        norm1, norm2: Layer norms.
+        qkv, proj, fc1, fc2: Layers.
+        qk, pv: Products.
+        heads: Their number.
+        scale: Of the queries.
+        bias: Added to the scores, (heads, length, length).
+        window: Size and shift of the windows; None: one window.
+        fused: The act is an exact GELU, which oneDNN computes with fc1.
+    """
+
+    norm1: nn.LayerNorm
+    qkv: IntegerLinear
+    qk: IntegerMatMul
+    pv: IntegerMatMul
+    proj: IntegerLinear
+    norm2: nn.LayerNorm
+    fc1: IntegerLinear
+    act: nn.Module
+    fc2: IntegerLinear
+    heads: int
+    scale: float
+    bias: Tensor | None = None
+    window: tuple[int, int] | None = None
+
+    def fit(self) -> bool:
+        """Whether all are what a fused block is written for."""
+        layers = (self.qkv, self.proj, self.fc1, self.fc2)
+        return (all(isinstance(layer, IntegerLinear) for layer in layers) and isinstance(self.qkv.coder, Uniform)
+                and isinstance(self.qk, IntegerMatMul) and isinstance(self.pv, IntegerMatMul)
+                and isinstance(self.qk.left, Uniform) and type(self.norm1) is type(self.norm2) is nn.LayerNorm
+                and isinstance(self.pv.right, Uniform))
+
+
+class IntegerBlock(nn.Module):
+    """A block of a Swin or Vision Transformer; called as the block that it stands for.
+
+    Args:
+        parts: What it is made of.
+    """
+
+    norm1: nn.LayerNorm
+    qkv: IntegerLinear
+    qk: IntegerMatMul
+    pv: IntegerMatMul
+    proj: IntegerLinear
+    norm2: nn.LayerNorm
+    fc1: IntegerLinear
+    act: nn.Module
+    fc2: IntegerLinear
+    bias: Tensor | None
+    padding: Tensor
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        for name in ('norm1', 'qkv', 'qk', 'pv', 'proj', 'norm2', 'fc1', 'act', 'fc2'):
+            self.add_module(name, getattr(parts, name))
+        self.heads, self.scale, self.window = parts.heads, parts.scale, parts.window
+        self.register_buffer('bias', parts.bias)
+        self.register_buffer('padding', self.qkv.encode(self.qkv.gain.new_zeros(2, self.qkv.in_features))[:1])
+        self.windows: dict[tuple[int, int], Windows] = {}
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int] | None = None) -> Tensor:
+        """Tokens (batch, tokens, channels), of maps of a shape for windows."""
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for tokens, target in zip(x, out, strict=True):
+            windows = self._windows(hw_shape, len(tokens), x.device)
+            self._attention(tokens, windows, target)
+            self._feed_forward(target)
+        return out
+
+    def _windows(self, hw_shape: tuple[int, int] | None, tokens: int, device: torch.device) -> Windows:
+        height, width = (1, tokens) if hw_shape is None else hw_shape
+        if (height, width) not in self.windows:
+            if len(self.windows) >= KEPT:
+                self.windows.clear()
+            self.windows[height, width] = (whole(tokens, device) if self.window is None
+                                           else shifted(height, width, *self.window, device))
+        return self.windows[height, width]
+
+    def _attention(self, x: Tensor, windows: Windows, out: Tensor) -> None:
+        """Writes ``x + attention(norm1(x))`` into ``out``, (tokens, channels) both."""
+        channels, rows = x.shape[1], rows_of(x.shape[1])
+        codes = torch.cat([*(self.qkv.encode(normalized(self.norm1, piece)) for piece in x.split(rows)), self.padding])
+        length = windows.token.shape[1]
+        attended = torch.cat([self._attend(codes.index_select(0, index.flatten()).view(*index.shape, -1), regions) for index, regions in
+                              _pieces(windows, rows_of(length * max(3 * channels, self.heads * length)))]).flatten(0, 1)
+        for place, source, target in zip(windows.place.split(rows), x.split(rows), out.split(rows), strict=True):
+            torch.add(source, self.proj.multiply(attended.index_select(0, place)), out=target)
+
+    def _attend(self, codes: Tensor, regions: Tensor | None) -> Tensor:
+        """Codes for the projection, (windows, length, channels), from codes for queries, keys and values."""
+        count, length, channels = codes.shape
+        projected = self.qkv.multiply(codes.view(-1, channels)).view(count, length, 3, self.heads, -1)
+        coders = self.qk.left, self.qk.right, self.pv.right
+        queries, keys, values = split_heads(projected, self.scale, coders)  # type: ignore[arg-type]
+        scores = self.qk.multiply(queries, keys.transpose(-1, -2))
+        probabilities, side = softmax(scores, self.qk.gain, self.bias, regions, self.pv.left)
+        product = self.pv.multiply(probabilities, values)
+        if side is not None:
+            product = with_maxima(product, values, side)
+        return merge_heads(product, self.pv.gain, self.proj.change, self.proj.coder)
+
+    def _feed_forward(self, x: Tensor) -> None:
+        """Adds ``ffn(norm2(x))`` to x, (tokens, channels)."""
+        exact = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
+        at_once = exact and self.fc1.gives_codes and self.fc2.change is None and isinstance(self.fc2.coder, Uniform)
+        for piece in x.split(max(LEAST, rows_of(self.fc1.out_features))):
+            codes = self.fc1.encode(normalized(self.norm2, piece))
+            if at_once:
+                codes = self.fc1.multiply(codes, True, self.fc2.coder)  # type: ignore[arg-type]
+            else:
+                hidden = self.fc1.multiply(codes, exact)
+                codes = self.fc2.encode(hidden if exact else self.act(hidden))
+            piece.add_(self.fc2.multiply(codes))
+
+
+class IntegerMerging(nn.Module):
+    """Swin's patch merging; called as mmdet's and mmsegmentation's ``PatchMerging``.
+
+    Args:
+        merging: The module.
+        reduction: Its layer, which takes inputs in the order of :func:`merged_order`.
+    """
+
+    def __init__(self, merging: Any, reduction: IntegerLinear) -> None:
+        super().__init__()
+        order = merged_order(merging.in_channels)
+        self.norm = nn.LayerNorm(merging.norm.normalized_shape, merging.norm.eps)
+        self.norm.weight, self.norm.bias = (nn.Parameter(value.detach()[order]) for value in (merging.norm.weight, merging.norm.bias))
+        self.reduction = reduction
+
+    def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens (batch, tokens / 4, 2 channels) and the size of their map."""
+        height, width = input_size
+        maps = x.view(len(x), height, width, -1)
+        if height % 2 or width % 2:
+            maps = F.pad(maps, (0, 0, 0, width % 2, 0, height % 2))
+        size = maps.shape[1] // 2, maps.shape[2] // 2
+        # (batch height / 2, 2, width / 2, 2, channels): lines of patches
+        lines = maps.reshape(len(x) * size[0], 2, size[1], 2, -1)
+        out = x.new_empty(len(lines), size[1], self.reduction.out_features)
+        count = max(1, rows_of(x.shape[-1] * 4) // size[1])
+        for piece, target in zip(lines.split(count), out.split(count), strict=True):
+            patches = piece.transpose(1, 2).flatten(0, 1).flatten(1)
+            target.copy_(self.reduction.multiply(self.reduction.encode(normalized(self.norm, patches))).view(target.shape))
+        return out.view(len(x), -1, out.shape[-1]), size
+
+
+def merged_order(channels: int) -> Tensor:
+    """For inputs of patch merging by row, column and channel of a patch, where they are by channel, row and column, (4 channels,)."""
+    return torch.arange(4 * channels).view(channels, 2, 2).permute(1, 2, 0).flatten()
+
+
+def is_merging(module: Any) -> bool:
+    """Whether a module is a patch merging with a fused form."""
+    if _qualified(module) not in MERGINGS:
+        return False
+    sampler = module.sampler
+    return (all(value in (2, (2, 2)) for value in (sampler.kernel_size, sampler.stride)) and sampler.dilation in (1, (1, 1))
+            and sampler.padding in (0, (0, 0)) and getattr(module.adap_padding, 'padding', None) == 'corner'
+            and type(module.norm) is nn.LayerNorm)
+
+
+def normalized(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A layer norm's output."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def rows_of(width: int) -> int:
+    """Rows of a piece whose widest tensor has so many values in a row."""
+    return max(1, PIECE // width)
+
+
+def _pieces(windows: Windows, count: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The windows' index and regions, about ``count`` windows at a time, as even as can be."""
+    pieces = -(-len(windows.token) // count)
+    regions: Any = [None] * pieces if windows.regions is None else windows.regions.tensor_split(pieces)
+    return zip(windows.token.tensor_split(pieces), regions, strict=True)
+
+
+def swin_parts(block: Any) -> Parts:
+    """Of mmdet's and mmsegmentation's ``SwinBlock``."""
+    attention = block.attn.w_msa
+    size, shift = block.attn.window_size, block.attn.shift_size
+    index = attention.relative_position_index
+    bias = attention.relative_position_bias_table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).contiguous()
+    return Parts(block.norm1, attention.qkv, attention.qk, attention.pv, attention.proj, block.norm2, *_ffn(block.ffn),
+                 attention.num_heads, attention.scale, bias.detach(), (size, shift))
+
+
+def vit_parts(block: Any) -> Parts:
+    """Of mmsegmentation's ``TransformerEncoderLayer``, its attention written out."""
+    attention: SelfAttention = block.attn.attn
+    scale = (attention.embed_dim // attention.num_heads) ** -0.5
+    return Parts(block.norm1, attention.in_proj, attention.qk, attention.pv, attention.out_proj, block.norm2, *_ffn(block.ffn),  # type: ignore[arg-type]
+                 attention.num_heads, scale)
+
+
+def _ffn(ffn: Any) -> tuple[Any, Any, Any]:
+    """fc1, act and fc2 of mmcv's ``FFN``."""
+    return ffn.layers[0][0], ffn.layers[0][1], ffn.layers[1]
+
+
+BLOCKS = {'mmdet.SwinBlock': swin_parts, 'mmseg.SwinBlock': swin_parts, 'mmseg.TransformerEncoderLayer': vit_parts}
+"""Blocks with a fused form, by ``package.ClassName``."""
+
+MERGINGS = ('mmdet.PatchMerging', 'mmseg.PatchMerging')
+
+
+def fused_block(block: nn.Module) -> IntegerBlock | None:
+    """The fused form of a block whose operations are integer ones, if there is one."""
+    parts = BLOCKS.get(_qualified(block))
+    if parts is None:
+        return None
+    found = parts(block)
+    return IntegerBlock(found) if found.fit() else None
+
+
+def _qualified(module: nn.Module) -> str:
+    return f'{type(module).__module__.split(".")[0]}.{type(module).__name__}'

@@ -1,0 +1,133 @@
+"""What a quantizer does at run time: from a real tensor to the integers that a product multiplies.
+
+Each coder is a tuple of tensors and plain numbers, so that ``torch.compile`` sees through it.
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layers import GeluShift, QuantOp, Rescale
+from ..quantizers import AdaLogQuantizer, DeMaxQuantizer, Quantizer, UniformQuantizer
+from ..quantizers.adalog import R, decode_table
+
+
+class Uniform(NamedTuple):
+    """Codes ``clip(round(x / s) + z, 0, most)``; integers ``code - z``, worth ``scale`` each.
+
+    Attributes:
+        inverse: 1 / s.
+        zero: z, float.
+        most: N - 1.
+        scale: s.
+    """
+
+    inverse: Tensor
+    zero: Tensor
+    most: int
+    scale: Tensor
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes, float."""
+        return (torch.round(x * self.inverse) + self.zero).clamp(0, self.most)
+
+    def integers(self, x: Tensor) -> Tensor:
+        """What is multiplied, float."""
+        return self.codes(x) - self.zero
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that is multiplied."""
+        return float(torch.maximum(self.zero, self.most - self.zero).max())
+
+
+class AdaLog(NamedTuple):
+    """Codes ``round(-log2(clip(x / s, 0, 1)) r / q)``; a code stands for an integer below 2^(b + 1) times a power of two, worth ``scale``.
+
+    Attributes:
+        full: s, at which the logarithm is zero.
+        rate: -r / q.
+        last: The code of zero, the last one.
+        table: The value of each code, NaN's behind them, (last + 2,).
+        scale: s / G.
+    """
+
+    full: Tensor
+    rate: Tensor
+    last: int
+    table: Tensor
+    scale: Tensor
+
+    def integers(self, x: Tensor) -> Tensor:
+        """What is multiplied: table values, float."""
+        codes = ((x / self.full).clamp(0, 1).log2() * self.rate).round().clamp(max=self.last)
+        return self.table[codes.nan_to_num(nan=self.last + 1).to(torch.int32)]
+
+
+class DeMax(NamedTuple):
+    """Codes of each row without its largest entries, and these apart (:class:`mmptq.quantizers.DeMaxQuantizer`).
+
+    Attributes:
+        most: N - 1.
+        maxima: Entries taken out of a row.
+        half: Whether side data are rounded to float16.
+    """
+
+    most: int
+    maxima: int
+    half: bool
+
+
+class Whole(NamedTuple):
+    """Leaves a float operand as it is."""
+
+    scale: Tensor
+
+    def integers(self, x: Tensor) -> Tensor:
+        """The tensor itself."""
+        return x
+
+
+Coder = Uniform | AdaLog | DeMax | Whole
+
+
+class Change(NamedTuple):
+    """``x factor - shift``, what stands between an activation and its coder (:mod:`mmptq.layers.rescale`)."""
+
+    factor: Tensor
+    shift: Tensor
+
+
+def coder(quantizer: Quantizer) -> Coder:
+    """The coder of a calibrated quantizer.
+
+    Raises:
+        NotImplementedError: For other kinds of quantizers than those of this package.
+    """
+    params = quantizer.params
+    if not quantizer.param_names:
+        return Whole(quantizer.place.new_ones(()))
+    assert params is not None
+    if isinstance(quantizer, UniformQuantizer):
+        scale = params['scale']
+        return Uniform(scale.reciprocal(), params['zero_point'].to(scale.dtype), quantizer.levels - 1, scale)
+    if isinstance(quantizer, AdaLogQuantizer):
+        shift, mantissa, largest = decode_table(params['q'], quantizer.levels)
+        values = torch.cat([torch.exp2(-shift) * mantissa, shift.new_zeros(1)])
+        values = torch.cat([values[:quantizer.zero_code], shift.new_tensor([0.0, torch.nan])])
+        return AdaLog(params['scale'], -R / params['q'], quantizer.zero_code, values.float(), params['scale'] / largest)
+    if isinstance(quantizer, DeMaxQuantizer):
+        return DeMax(quantizer.levels - 1, quantizer.maxima, quantizer.side == 'float16')
+    raise NotImplementedError(f'{type(quantizer).__name__} has no integer form')
+
+
+def change(op: QuantOp) -> Change | None:
+    """What an operation does to its input before that is quantized."""
+    rescale = getattr(op, 'rescale', None)
+    if isinstance(rescale, Rescale) and rescale.scale is not None and rescale.shift is not None:
+        return Change(rescale.scale.reciprocal(), rescale.shift)
+    if isinstance(rescale, GeluShift) and rescale.shift is not None:
+        return Change(torch.ones_like(rescale.shift), -rescale.shift)
+    return None

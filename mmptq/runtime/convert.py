@@ -1,0 +1,81 @@
+"""A calibrated model, its products computed in integers."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import QuantizationError
+from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
+from ..quantizers import Quantizer
+from .blocks import IntegerMerging, fused_block, is_merging, merged_order
+from .ops import IntegerConv2d, IntegerLinear, IntegerMatMul, IntegerOp
+
+INTEGER: dict[type[QuantOp], Callable[..., IntegerOp]] = {
+    QuantLinear: IntegerLinear, QuantConv2d: IntegerConv2d, QuantMatMul: IntegerMatMul}
+
+
+def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
+    """Replaces the quantized operations of a calibrated model, in place, by integer ones; for inference only.
+
+    Args:
+        model: The model, in evaluation mode.
+        fuse: Whether whole blocks are replaced where a fused form is known (on a CPU).
+
+    Returns:
+        How each operation runs, by name; ``simulated: REASON`` where it stays as it was.
+
+    Raises:
+        QuantizationError: If the model has no quantized operations, is not calibrated, in training mode, or on several devices.
+    """
+    ops = {name: op for name, op in model.named_modules() if isinstance(op, QuantOp)}
+    _check(model, ops)
+    device = next(model.parameters()).device
+    fuse = fuse and device.type == 'cpu'
+    mergings: dict[Any, Any] = {module.reduction: module for module in model.modules() if fuse and is_merging(module)}
+    replaced: dict[nn.Module, nn.Module] = {}
+    paths = {}
+    for name, op in ops.items():
+        try:
+            if isinstance(op, QuantLinear) and op in mergings:
+                reduction = IntegerLinear(op, merged_order(mergings[op].in_channels))
+                replaced[mergings[op]] = IntegerMerging(mergings[op], reduction).eval()
+                paths[name] = reduction.path
+            else:
+                replaced[op] = integer = INTEGER[type(op)](op).eval()
+                paths[name] = integer.path
+        except NotImplementedError as reason:
+            paths[name] = f'simulated: {reason}'
+    _replace(model, replaced)
+    if fuse:
+        blocks = {block: fused_block(block) for block in model.modules()}
+        _replace(model, {block: new.eval() for block, new in blocks.items() if new is not None})
+    if device.type == 'cpu' and not torch.cpu._is_vnni_supported():
+        logging.getLogger('mmengine').warning('this CPU has no VNNI: integer products are exact, but slow')
+    return paths
+
+
+def _check(model: nn.Module, ops: dict[str, QuantOp]) -> None:
+    if not ops:
+        raise QuantizationError(f'{type(model).__name__} has no quantized operations; quantize it first (mmptq quantize)')
+    missing = [f'{name}.{child}' for name, op in ops.items() for child, part in op.named_children()
+               if isinstance(part, Quantizer) and part.param_names and part.params is None]
+    if missing:
+        raise QuantizationError(f'{len(missing)} quantizers are not calibrated, the first is {missing[0]}; calibrate the model first '
+                                '(mmptq quantize)')
+    if model.training:
+        raise QuantizationError('the model is in training mode; call its eval() first')
+    devices = {str(value.device) for value in (*model.parameters(), *model.buffers()) if value.numel()}
+    if len(devices) > 1:
+        raise QuantizationError(f'the model is on several devices: {", ".join(sorted(devices))}; move it to one first')
+
+
+def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts new modules in the places of old ones, wherever these are."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in new:
+                setattr(parent, name, new[child])

@@ -1,0 +1,313 @@
+"""Quantized operations as integer products."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import QuantizationError
+from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
+from ..quantizers import UniformQuantizer
+from .coders import AdaLog, Change, Coder, DeMax, Uniform, Whole, change, coder
+from .kernels import encode, softmax_side, with_maxima
+
+EXACT = 2**24
+"""Sums of integers below this are exact in float32, in any order."""
+
+SUMS = 16
+"""Outputs that are added for a sum of the codes: one and, for speed, those that make it a whole vector."""
+
+
+class IntegerOp(nn.Module):
+    """An operation whose product is one of integers.
+
+    Attributes:
+        path: How it is computed, for the report.
+    """
+
+    path: str
+
+
+class IntegerLinear(IntegerOp):
+    """A linear layer: uint8 codes times int8 weights, int32 sums, one float scale for each output.
+
+    A weight is kept as ``code - zero_point``. int8 does not hold all of these where an 8-bit weight's zero point is not in the middle.
+    Then the weight is the sum of two int8 matrices that read the input twice, or, in a layer with no more outputs than inputs,
+    ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's inputs are table values, integers
+    below 2^(b + 1) times powers of two; torch has no such product of integers, and they are multiplied in float32, where each product
+    of two is exact.
+
+    Args:
+        op: A calibrated layer.
+        order: Of the inputs, if they will come in another one, (in,).
+
+    Raises:
+        NotImplementedError: If it cannot be computed so; the text is the reason.
+    """
+
+    bias: Tensor | None
+    weight: Tensor
+
+    def __init__(self, op: QuantLinear, order: Tensor | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = op.in_features, op.out_features
+        self.coder, self.change = input_coder(op), change(op)
+        integers, scale, value = integer_weight(op)
+        bias = op.corrected_bias(value)
+        if order is not None:
+            integers = integers[:, order]
+            self.change = None if self.change is None else Change(*(each.expand(len(order))[order] for each in self.change))
+        self.register_buffer('bias', None if bias is None else bias.detach().clone())
+        self.gain = scale * self.coder.scale  # what one of the sums is worth, (out,)
+        self.packed: Tensor | None = None
+        self.excess: Tensor | None = None
+        self.doubled = False
+        if isinstance(self.coder, AdaLog):
+            self.path = 'AdaLog table values times integer weights, in float32'
+            self.register_buffer('weight', integers.float())
+            return
+        self.zero_point = int(self.coder.zero)
+        self.path = 'int8'
+        parts = int8_parts(integers)
+        if len(parts) == 1:
+            weight = parts[0]
+        elif self.out_features > self.in_features:
+            self.doubled = True
+            self.path += ', weight in two parts'
+            weight = torch.cat(parts, 1)
+        else:
+            self.path += ', weight and sums of the codes'
+            weight = self._with_sums(op, integers)
+        if has_onednn(weight.device):
+            self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
+            self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
+        else:
+            self.path += ', by _int_mm'
+            self.register_buffer('weight', weight)
+            self.sums = weight.sum(1, dtype=torch.int64)
+
+    def _with_sums(self, op: QuantLinear, integers: Tensor) -> Tensor:
+        """``code - 128`` and, beside it, ones; sets what the sums of the codes are worth, (out,)."""
+        params = op.quantizer('weight').params
+        assert params is not None
+        above = 128 - params['zero_point'].reshape(-1).expand(self.out_features)  # what each integer lacks
+        self.excess = self.gain * above
+        ones = integers.new_zeros(SUMS, self.in_features)
+        ones[0] = 1
+        self.gain = torch.cat([self.gain, self.gain.new_ones(SUMS)])
+        self.bias = None if self.bias is None else torch.cat([self.bias, self.bias.new_zeros(SUMS)])
+        return torch.cat([integers - above[:, None].to(integers.dtype), ones]).to(torch.int8)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of an input (rows, in), or AdaLog's table values."""
+        return encode(x.float(), self.change, self.coder)  # type: ignore[no-any-return]
+
+    def multiply(self, codes: Tensor, gelu: bool = False, coder: Uniform | None = None) -> Tensor:
+        """The output from codes (rows, in).
+
+        Args:
+            codes: From :meth:`encode`.
+            gelu: Through GELU.
+            coder: Codes of the output by this coder of one scale; only if :attr:`gives_codes`.
+
+        Returns:
+            (rows, out), float32 or, with a coder, uint8.
+        """
+        if not len(codes):
+            return self.gain.new_zeros(0, self.out_features)
+        if self.doubled:
+            codes = torch.cat([codes, codes], 1)
+        if self.packed is None:
+            out = self._plain(codes)
+        else:
+            after = (1.0, 0, torch.float32) if coder is None else (float(coder.scale), int(coder.zero), torch.uint8)
+            out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias,
+                                                     *after, 'gelu' if gelu and self.excess is None else 'none', [], 'none')
+        if self.excess is not None:
+            out = torch.addcmul(out[:, :self.out_features], out[:, self.out_features, None], self.excess)
+        if coder is not None:
+            return out if coder.most == 255 else out.clamp_(max=coder.most)
+        return F.gelu(out) if gelu and (self.packed is None or self.excess is not None) else out
+
+    def _plain(self, codes: Tensor) -> Tensor:
+        """The output without oneDNN."""
+        if isinstance(self.coder, AdaLog):
+            out = F.linear(codes, self.weight).mul_(self.gain)
+        else:
+            out = int_mm(codes, self.weight, self.zero_point, self.sums) * self.gain
+        return out if self.bias is None else out.add_(self.bias)
+
+    @property
+    def gives_codes(self) -> bool:
+        """Whether :meth:`multiply` can give codes."""
+        return self.packed is not None and self.excess is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the dtype of the input."""
+        rows = x.reshape(-1, self.in_features)
+        out = self.multiply(self.encode(rows))
+        return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes and path."""
+        return f'{self.in_features}, {self.out_features}, {self.path}'
+
+
+class IntegerConv2d(IntegerOp):
+    """A convolution: uint8 codes times int8 weights, int32 sums; weights as in :class:`IntegerLinear`."""
+
+    def __init__(self, op: QuantConv2d) -> None:
+        super().__init__()
+        self.coder = input_coder(op)
+        integers, scale, _ = integer_weight(op)
+        parts = int8_parts(integers)
+        if not isinstance(self.coder, Uniform):
+            raise NotImplementedError('AdaLog before a convolution')
+        if not has_onednn(op.weight.device):
+            raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
+        if len(parts) == 2 and op.groups > 1:
+            raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
+        self.doubled = len(parts) == 2
+        self.path = 'int8' + (', weight in two parts' if self.doubled else '')
+        self.register_buffer('bias', None if op.bias is None else op.bias.detach().clone())
+        self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
+        self.out_channels, self.kernel = op.out_channels, op.kernel_size
+        self.padding, self.padding_mode = list(op._reversed_padding_repeated_twice), op.padding_mode
+        self.gain = scale * self.coder.scale
+        self.zero_point = int(self.coder.zero)
+        self.packed = torch.ops.onednn.qconv_prepack(torch.cat(parts, 1), torch.ones_like(self.gain), 1.0, self.zero_point, self.stride,
+                                                     [0, 0], self.dilation, self.groups, None)
+        self.weight_zero = torch.zeros(self.out_channels, dtype=torch.int64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width), in the dtype of the input."""
+        dtype, shape = x.dtype, x.shape
+        if not len(x):
+            raise QuantizationError('a convolution got a batch of 0 images')
+        codes = encode(x.float().reshape(-1, 1), None, self.coder).view(shape)
+        if any(self.padding):
+            mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+            codes = _pad(codes, self.padding, mode, self.zero_point)
+        codes = torch.cat([codes, codes], 1) if self.doubled else codes
+        out: Tensor = torch.ops.onednn.qconv_pointwise(
+            codes.contiguous(memory_format=torch.channels_last), 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias,
+            self.stride, [0, 0], self.dilation, self.groups, 1.0, 0, torch.float32, 'none', [], '')
+        return out.to(dtype)
+
+
+class IntegerMatMul(IntegerOp):
+    """A product of two activations: integers, in float32 where that is exact, else as int8.
+
+    torch has no product of many small int8 matrices on a CPU. Sums below 2^24 are exact in float32: those of a window always are.
+    """
+
+    def __init__(self, op: QuantMatMul) -> None:
+        super().__init__()
+        self.left, self.right = coder(op.quantizer('left')), coder(op.quantizer('right'))
+        if not isinstance(self.right, Uniform) or isinstance(self.left, Whole):
+            raise NotImplementedError(f'a product of {type(self.left).__name__} and {type(self.right).__name__} operands')
+        exact = isinstance(self.left, Uniform | DeMax)
+        self.path = 'integers, exact in float32 or int8' if exact else 'AdaLog table values times integers, in float32'
+
+    @property
+    def gain(self) -> Tensor:
+        """What one of the sums is worth, but for DeMax's steps."""
+        assert isinstance(self.right, Uniform)
+        return self.right.scale if isinstance(self.left, DeMax) else self.left.scale * self.right.scale  # type: ignore[union-attr]
+
+    def multiply(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product of integers (..., heads, rows, inner) and (..., heads, inner, columns)."""
+        if isinstance(self.left, AdaLog) or left.shape[-1] * self._largest(self.left) * self._largest(self.right) < EXACT:
+            return left @ right
+        out = left.new_empty(*left.shape[:-1], right.shape[-1])
+        pairs = zip(left.flatten(0, -3), right.flatten(0, -3), out.flatten(0, -3), strict=True)
+        for a, b, product in pairs:
+            product.copy_(int_product(a, b))
+        return out
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product, in the dtype of the left operand."""
+        assert isinstance(self.right, Uniform)
+        values = self.right.integers(right.float())
+        if isinstance(self.left, DeMax):
+            codes, side = softmax_side(left.float(), self.left)
+            return (with_maxima(self.multiply(codes, values), values, side) * self.gain).to(left.dtype)
+        assert not isinstance(self.left, DeMax)
+        return (self.multiply(self.left.integers(left.float()), values) * self.gain).to(left.dtype)
+
+    @staticmethod
+    def _largest(coder: Coder) -> float:
+        assert isinstance(coder, Uniform | DeMax)
+        return coder.largest if isinstance(coder, Uniform) else float(coder.most)
+
+
+def input_coder(op: QuantOp) -> Uniform | AdaLog:
+    """The coder of a layer's input.
+
+    Raises:
+        NotImplementedError: If it is float, or has a scale for each channel.
+    """
+    found = coder(op.quantizer('input'))
+    if not isinstance(found, Uniform | AdaLog):
+        raise NotImplementedError('its input is float')
+    if found.scale.numel() > 1:
+        raise NotImplementedError('its input has a scale for each channel')
+    return found
+
+
+def integer_weight(op: QuantOp) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight's integers ``code - z``, int16, the scale of each output, (out,), and the weight that they stand for.
+
+    Raises:
+        NotImplementedError: If the weight is not quantized uniformly.
+    """
+    quantizer, weight = op.quantizer('weight'), op.get_parameter('weight').detach()
+    if not isinstance(quantizer, UniformQuantizer) or quantizer.params is None:
+        raise NotImplementedError('its weight is float')
+    rescale = getattr(op, 'rescale', None)
+    params = quantizer.params
+    codes = quantizer.encode(weight if rescale is None else rescale.weight(weight), **params)
+    integers = codes - params['zero_point'].to(codes.dtype)
+    return integers, params['scale'].reshape(-1).expand(len(weight)).contiguous(), integers.to(weight.dtype) * params['scale']
+
+
+def int8_parts(integers: Tensor) -> list[Tensor]:
+    """One int8 tensor, or the fewest whose sum the integers (-255 to 255) are."""
+    low = integers.clamp(-128, 127)
+    rest = integers - low
+    return [low.to(torch.int8)] + ([rest.to(torch.int8)] if bool(rest.any()) else [])
+
+
+def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tensor:
+    """``(codes - zero_point) weight^T`` by :func:`torch._int_mm`, int32.
+
+    Args:
+        codes: uint8, (rows, in).
+        weight: int8, (out, in).
+        zero_point: Of the codes.
+        sums: Of the rows of the weight, int64, (out,).
+    """
+    signed = (codes.to(torch.int16) - 128).to(torch.int8)
+    return torch._int_mm(signed, weight.t()) + ((128 - zero_point) * sums).to(torch.int32)
+
+
+def int_product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two matrices of integers from -255 to 255, by int8 parts; int32."""
+    total: Tensor | None = None
+    for a in int8_parts(left.to(torch.int16)):
+        for b in int8_parts(right.to(torch.int16)):
+            product = torch._int_mm(a.contiguous(), b.contiguous())
+            total = product if total is None else total + product
+    assert total is not None
+    return total
+
+
+def _pad(codes: Tensor, padding: list[int], mode: str, zero_point: int) -> Tensor:
+    if mode == 'constant':
+        return F.pad(codes, padding, value=zero_point)
+    return F.pad(codes.float(), padding, mode=mode).to(torch.uint8)
+
+
+def has_onednn(device: torch.device) -> bool:
+    """Whether integer products of oneDNN are there and exact (without VNNI their 16-bit sums saturate)."""
+    return device.type == 'cpu' and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
