@@ -106,9 +106,9 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Runs ``mmptq export``."""
     found = export(args.config, args.checkpoint, args.out, (args.shape[0], args.shape[1]), args.dynamic, args.cfg_options)
-    print(f'wrote {args.out}, {os.path.getsize(args.out) / 2**20:.2f} MiB; ONNX Runtime differs from torch by '
-          f'{max(each.step for each in found):.1e} in a step, {max(each.end_to_end for each in found):.1e} from end to end (torch from itself, if pixels change in their last '
-          f'bit: {max(each.floor for each in found):.1e})')
+    step, end_to_end, floor = (max(getattr(each, name) for each in found) for name in ('step', 'end_to_end', 'floor'))
+    print(f'wrote {args.out}, {os.path.getsize(args.out) / 2**20:.2f} MiB; ONNX Runtime differs from torch by {step:.1e} in a step, '
+          f'{end_to_end:.1e} from end to end (torch from itself, if outputs of layers change in their last bit: {floor:.1e})')
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,7 +34,7 @@ class Difference(NamedTuple):
         where: The name of that step.
         end_to_end: The largest relative difference of a feature map from the image alone. Two programs that differ in the last bit of
             a value on an edge differ by a whole step from there on, and with few bits by more and more.
-        floor: As end_to_end, of torch from itself where each pixel changes in its last bit.
+        floor: As end_to_end, of torch from itself where the output of each operation changes in its last bit.
     """
 
     step: float
@@ -70,7 +70,8 @@ def compare(model: onnx.ModelProto, calls: Sequence[Call], backbone: nn.Module, 
     found = _run(model, image, [])
     maps = as_tuple(backbone(image))
     end_to_end = max(relative(found[f'map_{number}'], value) for number, value in enumerate(maps))
-    floor = max(map(relative, as_tuple(backbone(image * (1 + torch.finfo(image.dtype).eps))), maps))
+    with instead(backbone, lambda op, name, *inputs: type(op).forward(op, *inputs) * (1 + torch.finfo(image.dtype).eps)):
+        floor = max(map(relative, as_tuple(backbone(image)), maps))
     found = _run(model, image, list(dict.fromkeys(name for call in calls for name in (*call.inputs, call.output))))
     remaining = list(calls)
     steps: dict[str, float] = {}
