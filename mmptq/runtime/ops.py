@@ -32,10 +32,10 @@ class IntegerLinear(IntegerOp):
     """A linear layer: uint8 codes times int8 weights, int32 sums, one float scale for each output.
 
     A weight is kept as ``code - zero_point``. int8 does not hold all of these where an 8-bit weight's zero point is not in the middle.
-    Then the weight is the sum of two (with 255, three) int8 matrices that read the input as often, or, in a layer with no more outputs than inputs,
-    ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's inputs are table values, integers
-    below 2^(b + 1) times powers of two; torch has no such product of integers, and they are multiplied in float32, where each product
-    of two is exact.
+    Then the weight is the sum of two (with 255, three) int8 matrices that read the input as often, or, in a layer with no more outputs
+    than inputs, ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's inputs are table values,
+    integers below 2^(b + 1) times powers of two; torch has no such product of integers, and they are multiplied in float32, where each
+    product of two is exact.
 
     Args:
         op: A calibrated layer.
@@ -294,10 +294,8 @@ def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tens
         sums: Of the rows of the weight, int64, (out,).
     """
     signed = (codes.to(torch.int16) - 128).to(torch.int8)
-    if codes.shape[1] == 1:  # torch._int_mm misreads the transpose of a single column
-        product = signed.to(torch.int32) * weight.t().to(torch.int32)
-    else:
-        product = torch._int_mm(signed, weight.t())
+    # torch._int_mm misreads the transpose of a single column.
+    product = torch._int_mm(signed, weight.t()) if codes.shape[1] > 1 else signed.to(torch.int32) * weight.t().to(torch.int32)
     return product + ((128 - zero_point) * sums).to(torch.int32)
 
 
