@@ -1,4 +1,4 @@
-"""The command line: ``mmptq quantize``, ``mmptq pack``, ``mmptq convert-checkpoint``, and what the scripts in tools/ call."""
+"""The command line: ``mmptq quantize``, ``pack``, ``export`` and ``convert-checkpoint``, and what the scripts in tools/ call."""
 from __future__ import annotations
 
 import argparse
@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 from rich.console import Console
 
 from .analysis.summary import result_table
-from .apis import PAPER_IMAGES, convert_checkpoint, pack, quantize, recipe_names, recipe_of
+from .apis import PAPER_IMAGES, convert_checkpoint, export, pack, quantize, recipe_names, recipe_of
 from .engine.hook import BACKENDS
 from .engine.layouts import LAYOUTS
 from .errors import QuantizationError
@@ -95,6 +95,25 @@ def run_pack(args: argparse.Namespace) -> None:
     print(f'wrote {path}, {path.stat().st_size / 2**20:.2f} MiB')
 
 
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``mmptq export``."""
+    parser.add_argument('config', help='config file that the model was quantized from, or its quantized.py')
+    parser.add_argument('checkpoint', help='quantized.pth or quantized.safetensors')
+    parser.add_argument('--out', required=True, help='the .onnx file to write')
+    parser.add_argument('--shape', type=int, nargs=2, required=True, metavar=('HEIGHT', 'WIDTH'), help='size of the images that the '
+                        'backbone gets, and of the one that it is compared on')
+    parser.add_argument('--dynamic', action='store_true', help='any height and width, where torch can export that; slow for Swin')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='changes of the config, key=value')
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Runs ``mmptq export``."""
+    found = export(args.config, args.checkpoint, args.out, (args.shape[0], args.shape[1]), args.dynamic, args.cfg_options)
+    step, end_to_end, floor = (max(getattr(each, name) for each in found) for name in ('step', 'end_to_end', 'floor'))
+    print(f'wrote {args.out}, {os.path.getsize(args.out) / 2**20:.2f} MiB; ONNX Runtime differs from torch by {step:.1e} in a step, '
+          f'{end_to_end:.1e} from end to end (torch from itself, if outputs of layers change in their last bit: {floor:.1e})')
+
+
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``mmptq convert-checkpoint``."""
     parser.add_argument('source', help='checkpoint file, of torch.save or safetensors')
@@ -121,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser('pack', help='write a quantized checkpoint as one small file, its weights packed')
     add_pack_arguments(command)
     command.set_defaults(run=run_pack)
+    command = commands.add_parser('export', help='write a quantized backbone as an ONNX file, compared with torch')
+    add_export_arguments(command)
+    command.set_defaults(run=run_export)
     command = commands.add_parser('convert-checkpoint', help='convert a Swin or timm checkpoint for mmdet 3 and mmsegmentation 1')
     add_convert_arguments(command)
     command.set_defaults(run=run_convert)

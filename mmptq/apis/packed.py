@@ -41,7 +41,7 @@ def pack(config: str | Config, checkpoint: str, out: str | None = None, cfg_opti
     cfg = deepcopy(config) if isinstance(config, Config) else load_config(str(config))
     if cfg_options:
         cfg.merge_from_dict(dict(cfg_options))
-    model = _build(float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint)
+    model = build_quantized(float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint)
     write_packed(model, cfg, made, loaded['meta'].get('dataset_meta'), path)
     return path
 
@@ -68,11 +68,12 @@ def load_packed(path: str | Path, config: str | Config | None = None) -> nn.Modu
         except QuantizationError as error:
             raise QuantizationError(f'{path}: {error}') from None
     model = cfg['model'] if config is None else float_model(cfg)
-    return _build(model, cfg.get('default_scope') or 'mmengine', made, loaded, str(path))
+    return build_quantized(model, cfg.get('default_scope') or 'mmengine', made, loaded, str(path))
 
 
-def _build(model: dict[str, Any], default_scope: str, made: Mapping[str, Any], loaded: Mapping[str, Any], source: str) -> nn.Module:
-    """The quantizable model of a float model's config, with a checkpoint."""
+def build_quantized(model: dict[str, Any], default_scope: str, made: Mapping[str, Any], loaded: Mapping[str, Any],
+                    source: str) -> nn.Module:
+    """The quantizable model of a float model's config, with a checkpoint, in evaluation mode."""
     init_default_scope(default_scope)
     cfg = quantized_config(Config(dict(model=model)), made['recipe'], made['scope'])
     try:

@@ -32,10 +32,10 @@ class IntegerLinear(IntegerOp):
     """A linear layer: uint8 codes times int8 weights, int32 sums, one float scale for each output.
 
     A weight is kept as ``code - zero_point``. int8 does not hold all of these where an 8-bit weight's zero point is not in the middle.
-    Then the weight is the sum of two int8 matrices that read the input twice (three where it holds a 255), or, in a layer with no more
-    outputs than inputs, ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's inputs are table
-    values, integers below 2^(b + 1) times powers of two; torch has no such product of integers, and they are multiplied in float32,
-    where each product of two is exact.
+    Then the weight is the sum of two (with 255, three) int8 matrices that read the input as often, or, in a layer with no more outputs
+    than inputs, ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's inputs are table values,
+    integers below 2^(b + 1) times powers of two; torch has no such product of integers, and they are multiplied in float32, where each
+    product of two is exact.
 
     Args:
         op: A calibrated layer.
@@ -69,24 +69,18 @@ class IntegerLinear(IntegerOp):
             self.register_buffer('weight', integers.float())
             return
         self.zero_point = int(self.coder.zero)
-        self.path = 'int8'
         parts = int8_parts(integers)
-        if len(parts) == 1:
-            weight = parts[0]
-        elif self.out_features > self.in_features:
-            self.parts = len(parts)
-            self.path += in_parts(self.parts)
-            weight = torch.cat(parts, 1)
+        if len(parts) == 1 or self.out_features > self.in_features:
+            self.parts, self.path, weight = len(parts), int8_path(len(parts)), torch.cat(parts, 1)
         else:
-            self.path += ', weight and sums of the codes'
-            weight = self._with_sums(op, integers)
-        self.register_buffer('weight', weight)
+            self.path, weight = 'int8, weight and sums of the codes', self._with_sums(op, integers)
         if has_onednn(weight.device):
             self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
             self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
-            self.weight = weight[:0]
+            self.register_buffer('weight', weight[:0])
         else:
             self.path += ', by _int_mm'
+            self.register_buffer('weight', weight)
             self.sums = weight.sum(1, dtype=torch.int64)
 
     def _with_sums(self, op: QuantLinear, integers: Tensor) -> Tensor:
@@ -175,8 +169,7 @@ class IntegerConv2d(IntegerOp):
             raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
         if len(parts) > 1 and op.groups > 1:
             raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
-        self.parts = len(parts)
-        self.path = 'int8' + in_parts(self.parts)
+        self.parts, self.path = len(parts), int8_path(len(parts))
         self.register_buffer('bias', None if op.bias is None else op.bias.detach().clone())
         self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
         self.out_channels, self.kernel = op.out_channels, op.kernel_size
@@ -280,15 +273,15 @@ def integer_weight(op: QuantOp) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def int8_parts(integers: Tensor) -> list[Tensor]:
-    """One int8 tensor, or the fewest whose sum the integers are: from -256 to 254 two, for 255 three."""
+    """One int8 tensor, or the fewest whose sum the integers are: from -255 to 254 two, with 255 three."""
     low = integers.clamp(-128, 127)
     rest = integers - low
     return [low.to(torch.int8), *(int8_parts(rest) if bool(rest.any()) else [])]
 
 
-def in_parts(parts: int) -> str:
-    """What a path says of a weight in so many int8 parts."""
-    return '' if parts == 1 else f', weight in {["two", "three"][parts - 2]} parts'
+def int8_path(parts: int) -> str:
+    """What the report says of weights in so many parts."""
+    return 'int8' + ('' if parts == 1 else f', weight in {["two", "three"][parts - 2]} parts')
 
 
 def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tensor:
@@ -302,7 +295,7 @@ def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tens
     """
     signed = (codes.to(torch.int16) - 128).to(torch.int8)
     # torch._int_mm misreads the transpose of a single column.
-    product = torch._int_mm(signed, weight.t()) if len(signed.t()) > 1 else signed.to(torch.int32) * weight.t()
+    product = torch._int_mm(signed, weight.t()) if codes.shape[1] > 1 else signed.to(torch.int32) * weight.t().to(torch.int32)
     return product + ((128 - zero_point) * sums).to(torch.int32)
 
 

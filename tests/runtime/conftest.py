@@ -10,7 +10,7 @@ from mmptq.backbones import find_spec
 from mmptq.backbones.timm_import import import_timm
 from mmptq.calibration import Call, calibrate
 from mmptq.quantizers import UniformQuantizer
-from mmptq.runtime import kernels, ops
+from mmptq.runtime import kernels
 
 from ..conftest import FAST, SWIN, VIT, build_in, image, randomized
 
@@ -39,12 +39,6 @@ _READY = {}
 def uncompiled(monkeypatch):
     """Without torch.compile, which takes seconds for each width."""
     monkeypatch.setattr(kernels, 'has_compiler', lambda: False)
-
-
-@pytest.fixture
-def without_onednn(monkeypatch):
-    """As on a machine whose torch has no integer kernels."""
-    monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
 
 
 def ready(name, recipe='minmax_w8a8'):

@@ -69,7 +69,7 @@ def no_more_than_float32_holds(sums):
 
 @pytest.mark.parametrize('path', ['_int_mm', pytest.param('onednn', marks=needs_vnni)])
 @given(data=st.data(), weight_bits=bits, input_bits=bits, seed=seeds, rows=st.integers(1, 9), inner=st.integers(1, 70),
-       out=st.integers(1, 19))
+       out=st.integers(1, 99))
 def test_the_sums_of_a_linear_layer_are_exact(path, data, weight_bits, input_bits, seed, rows, inner, out):
     weight_zero, (zero,) = data.draw(zero_points(weight_bits, out)), data.draw(zero_points(input_bits, 1))
     generator = np.random.default_rng(seed)
@@ -79,7 +79,7 @@ def test_the_sums_of_a_linear_layer_are_exact(path, data, weight_bits, input_bit
             patch.setattr(ops, 'has_onednn', lambda device: False)
         layer = IntegerLinear(linear(weight, weight_zero, weight_bits, zero, input_bits))
         result = layer(tensor(x)).numpy()
-    assert (layer.path.startswith('int8, weight ')) == bool((weight > 127).any() or (weight < -128).any())
+    assert (layer.path.removesuffix(', by _int_mm') != 'int8') == bool((weight > 127).any() or (weight < -128).any())
     assert ('_int_mm' in layer.path) == (path == '_int_mm')
     np.testing.assert_array_equal(result, no_more_than_float32_holds(integers(x, zero, input_bits) @ weight.T))
 
@@ -93,8 +93,7 @@ def test_the_largest_sums_of_long_rows(onednn, monkeypatch):
     weight[1], weight[2] = 0, -255
     op = linear(weight, [0, 0, 255], 8, 0, 8)
     result = IntegerLinear(op)(torch.full((2, 3072), 1000.0))
-    # Beyond 2^24, where a sum is rounded when it becomes a float; here it is put together from two that are.
-    np.testing.assert_allclose(result.numpy(), [[255 * 255 * 3072, 0, -255 * 255 * 3072]] * 2, rtol=2e-7, atol=32)
+    assert result.tolist() == [[float(np.float32(255 * 255 * 3072)), 0, -float(np.float32(255 * 255 * 3072))]] * 2
 
 
 @given(seed=seeds, rows=st.integers(1, 9), inner=st.integers(1, 300), columns=st.integers(1, 9))
@@ -105,8 +104,8 @@ def test_the_helpers_are_exact(seed, rows, inner, columns):
     assert len(parts) <= (3 if left.max() == 255 else 2) and all(part.dtype == torch.int8 for part in parts)
     assert np.array_equal(sum(part.to(torch.int64) for part in parts).numpy(), left)
     assert np.array_equal(int_product(tensor(left), tensor(right)).numpy(), left @ right)
-    codes, weight = generator.integers(0, 256, (rows, inner)), generator.integers(-128, 128, (columns, inner))
-    zero = generator.integers(256)
+    codes, zero = generator.integers(0, 256, (rows, inner)), generator.integers(256)
+    weight = generator.integers(-128, 128, (columns, inner))
     result = int_mm(torch.tensor(codes, dtype=torch.uint8), torch.tensor(weight, dtype=torch.int8), int(zero),
                     torch.tensor(weight.sum(1)))
     assert np.array_equal(result.numpy(), (codes - zero) @ weight.T)
@@ -223,8 +222,8 @@ def test_other_floats_go_in_and_come_out(dtype):
     x = torch.tensor([[1, -2, 30], [0.5, 3, 1.5]], dtype=dtype)
     assert torch.equal(IntegerLinear(op)(x), op(x.float()).to(dtype)) and IntegerLinear(op)(x).dtype == dtype
     product = equip(QuantMatMul(), left=whole(1, 7, 4), right=whole(1, 7, 4))
-    left, right = x[None, None], x.t()[None, None]
-    assert torch.equal(IntegerMatMul(product)(left, right), product(left.float(), right.float()).to(dtype))
+    expected = product(x.float()[None, None], x.float().t()[None, None]).to(dtype)
+    assert torch.equal(IntegerMatMul(product)(x[None, None], x.t()[None, None]), expected)
 
 
 def test_no_rows_and_no_images():

@@ -1,0 +1,1 @@
+"""The calibrated backbone for other runtimes."""
