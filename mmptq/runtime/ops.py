@@ -73,7 +73,11 @@ class IntegerLinear(IntegerOp):
         if len(parts) == 1 or self.out_features > self.in_features:
             self.parts, self.path, weight = len(parts), int8_path(len(parts)), torch.cat(parts, 1)
         else:
-            self.path, weight = 'int8, weight and sums of the codes', self._with_sums(op, integers)
+            self.path = 'int8, weight and sums of the codes'
+            weight, above = with_sums(op, integers)
+            self.excess = self.gain * above
+            self.gain = with_more(self.gain, 1)
+            self.offset = None if self.offset is None else with_more(self.offset, 0)
         if has_onednn(weight.device):
             self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
             self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
@@ -82,18 +86,6 @@ class IntegerLinear(IntegerOp):
             self.path += ', by _int_mm'
             self.register_buffer('weight', weight)
             self.sums = weight.sum(1, dtype=torch.int64)
-
-    def _with_sums(self, op: QuantLinear, integers: Tensor) -> Tensor:
-        """``code - 128`` and, beside it, ones; sets what the sums of the codes are worth, (out,)."""
-        params = op.quantizer('weight').params
-        assert params is not None
-        above = 128 - params['zero_point'].reshape(-1).expand(self.out_features)  # what each integer lacks
-        self.excess = self.gain * above
-        ones = integers.new_zeros(SUMS, self.in_features)
-        ones[0] = 1
-        self.gain = torch.cat([self.gain, self.gain.new_ones(SUMS)])
-        self.offset = None if self.offset is None else torch.cat([self.offset, self.offset.new_zeros(SUMS)])
-        return torch.cat([integers - above[:, None].to(integers.dtype), ones]).to(torch.int8)
 
     @property
     def bias(self) -> Tensor | None:
@@ -158,6 +150,8 @@ class IntegerLinear(IntegerOp):
 class IntegerConv2d(IntegerOp):
     """A convolution: uint8 codes times int8 weights, int32 sums; weights as in :class:`IntegerLinear`."""
 
+    bias: Tensor | None
+
     def __init__(self, op: QuantConv2d) -> None:
         super().__init__()
         self.coder = input_coder(op)
@@ -169,31 +163,50 @@ class IntegerConv2d(IntegerOp):
             raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
         if len(parts) > 1 and op.groups > 1:
             raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
-        self.parts, self.path = len(parts), int8_path(len(parts))
-        self.register_buffer('bias', None if op.bias is None else op.bias.detach().clone())
         self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
-        self.out_channels, self.kernel = op.out_channels, op.kernel_size
+        self.out_channels = op.out_channels
         self.padding, self.padding_mode = list(op._reversed_padding_repeated_twice), op.padding_mode
-        self.gain = scale * self.coder.scale
         self.zero_point = int(self.coder.zero)
-        self.packed = torch.ops.onednn.qconv_prepack(torch.cat(parts, 1), torch.ones_like(self.gain), 1.0, self.zero_point, self.stride,
-                                                     [0, 0], self.dilation, self.groups, None)
-        self.weight_zero = torch.zeros(self.out_channels, dtype=torch.int64)
+        self.gain = scale * self.coder.scale
+        self.register_buffer('bias', None if op.bias is None else op.bias.detach().clone())
+        self.excess: Tensor | None = None
+        if len(parts) == 1:
+            self.path, weight = 'int8', parts[0]
+        else:
+            self.path = 'int8, weight and sums of the codes'
+            weight, above = with_sums(op, integers)
+            self.excess = (self.gain * above)[:, None, None]
+            self.gain = with_more(self.gain, 1)
+            self.bias = None if self.bias is None else with_more(self.bias, 0)
+        self.packed = torch.ops.onednn.qconv_prepack(weight, torch.ones_like(self.gain), 1.0, self.zero_point, self.stride, [0, 0],
+                                                     self.dilation, self.groups, None)
+        self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width), in the dtype of the input."""
-        dtype, shape = x.dtype, x.shape
         if not len(x):
             raise QuantizationError('a convolution got a batch of 0 images')
-        codes = encode(x.float().reshape(-1, 1), None, self.coder).view(shape)
-        if any(self.padding):
-            mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
-            codes = _pad(codes, self.padding, mode, self.zero_point)
-        codes = torch.cat([codes] * self.parts, 1) if self.parts > 1 else codes
+        codes = self._padded(self.encode(x.float())).contiguous(memory_format=torch.channels_last)
         out: Tensor = torch.ops.onednn.qconv_pointwise(
-            codes.contiguous(memory_format=torch.channels_last), 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias,
-            self.stride, [0, 0], self.dilation, self.groups, 1.0, 0, torch.float32, 'none', [], '')
-        return out.to(dtype)
+            codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias, self.stride, [0, 0], self.dilation,
+            self.groups, 1.0, 0, torch.float32, 'none', [], '')
+        if self.excess is not None:
+            out = torch.addcmul(out[:, :self.out_channels], out[:, self.out_channels, None], self.excess)
+        return out.to(x.dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of an input, in its layout."""
+        if x.is_contiguous(memory_format=torch.channels_last):
+            x = x.permute(0, 2, 3, 1)
+            return encode(x.reshape(-1), None, self.coder).view(x.shape).permute(0, 3, 1, 2)
+        return encode(x.reshape(-1), None, self.coder).view(x.shape)
+
+    def _padded(self, codes: Tensor) -> Tensor:
+        if not any(self.padding):
+            return codes
+        if self.padding_mode == 'zeros':
+            return F.pad(codes, self.padding, value=self.zero_point)
+        return F.pad(codes.float(), self.padding, mode=self.padding_mode).to(torch.uint8)
 
 
 class IntegerMatMul(IntegerOp):
@@ -279,6 +292,21 @@ def int8_parts(integers: Tensor) -> list[Tensor]:
     return [low.to(torch.int8), *(int8_parts(rest) if bool(rest.any()) else [])]
 
 
+def with_sums(op: QuantOp, integers: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights ``code - 128`` and, as :data:`SUMS` more outputs, ones and zeros; and what each integer lacks, ``128 - z``, (out,)."""
+    params = op.quantizer('weight').params
+    assert params is not None
+    above = (128 - params['zero_point'].reshape(-1)).expand(len(integers)).to(integers.dtype)
+    more = integers.new_zeros(SUMS, *integers.shape[1:])
+    more[0] = 1
+    return torch.cat([integers - above.view(-1, *[1] * (integers.ndim - 1)), more]).to(torch.int8), above
+
+
+def with_more(values: Tensor, value: float) -> Tensor:
+    """Values of outputs, (out,), with those of :data:`SUMS` more."""
+    return torch.cat([values, values.new_full((SUMS,), value)])
+
+
 def int8_path(parts: int) -> str:
     """What the report says of weights in so many parts."""
     return 'int8' + ('' if parts == 1 else f', weight in {["two", "three"][parts - 2]} parts')
@@ -308,12 +336,6 @@ def int_product(left: Tensor, right: Tensor) -> Tensor:
             total = product if total is None else total + product
     assert total is not None
     return total
-
-
-def _pad(codes: Tensor, padding: list[int], mode: str, zero_point: int) -> Tensor:
-    if mode == 'constant':
-        return F.pad(codes, padding, value=zero_point)
-    return F.pad(codes.float(), padding, mode=mode).to(torch.uint8)
 
 
 def has_onednn(device: torch.device) -> bool:
