@@ -210,9 +210,9 @@ class IntegerConv2d(IntegerOp):
 
 
 class IntegerMatMul(IntegerOp):
-    """A product of two activations: integers, in float32 where that is exact, else as int8.
+    """A product of two activations: integers in float32, which torch multiplies exactly; of many small int8 matrices it has no product.
 
-    torch has no product of many small int8 matrices on a CPU. Sums below 2^24 are exact in float32: those of a window always are.
+    Sums below 2^24 are exact in float32. Those of a window are; longer rows are summed in parts, and these as int32.
     """
 
     def __init__(self, op: QuantMatMul) -> None:
@@ -221,7 +221,7 @@ class IntegerMatMul(IntegerOp):
         if not isinstance(self.right, Uniform) or isinstance(self.left, Whole):
             raise NotImplementedError(f'a product of {type(self.left).__name__} and {type(self.right).__name__} operands')
         exact = isinstance(self.left, Uniform | DeMax)
-        self.path = 'integers, exact in float32 or int8' if exact else 'AdaLog table values times integers, in float32'
+        self.path = 'integers, exact in float32' if exact else 'AdaLog table values times integers, in float32'
 
     @property
     def gain(self) -> Tensor:
@@ -231,13 +231,13 @@ class IntegerMatMul(IntegerOp):
 
     def multiply(self, left: Tensor, right: Tensor) -> Tensor:
         """The product of integers (..., heads, rows, inner) and (..., heads, inner, columns)."""
-        if isinstance(self.left, AdaLog) or left.shape[-1] * self._largest(self.left) * self._largest(self.right) < EXACT:
+        if isinstance(self.left, AdaLog):
             return left @ right
-        out = left.new_empty(*left.shape[:-1], right.shape[-1])
-        pairs = zip(left.flatten(0, -3), right.flatten(0, -3), out.flatten(0, -3), strict=True)
-        for a, b, product in pairs:
-            product.copy_(int_product(a, b))
-        return out
+        held = int((EXACT - 1) // max(1.0, self._largest(self.left) * self._largest(self.right)))  # columns whose sums float32 holds
+        if left.shape[-1] <= held:
+            return left @ right
+        pairs = zip(left.split(held, -1), right.split(held, -2), strict=True)
+        return torch.stack([(a @ b).to(torch.int32) for a, b in pairs]).sum(0, dtype=torch.int32).to(left.dtype)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """The product, in the dtype of the left operand."""
@@ -325,17 +325,6 @@ def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tens
     # torch._int_mm misreads the transpose of a single column.
     product = torch._int_mm(signed, weight.t()) if codes.shape[1] > 1 else signed.to(torch.int32) * weight.t().to(torch.int32)
     return product + ((128 - zero_point) * sums).to(torch.int32)
-
-
-def int_product(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two matrices of integers from -255 to 255, by int8 parts; int32."""
-    total: Tensor | None = None
-    for a in int8_parts(left.to(torch.int16)):
-        for b in int8_parts(right.to(torch.int16)):
-            product = torch._int_mm(a.contiguous(), b.contiguous())
-            total = product if total is None else total + product
-    assert total is not None
-    return total
 
 
 def has_onednn(device: torch.device) -> bool:
