@@ -79,6 +79,15 @@ def without_nan(metrics):
     return {name: None if math.isnan(value) else float(value) for name, value in metrics.items()}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the stock tool's process: sums of several threads round otherwise, and a code may go to the other side."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def quantized(model, folder, **options):
     """Quantizes a model and evaluates it before and after, by us and by the stock test tool; returns the summary, having compared them."""
     ours, stock = (folder / f'{name}{".pkl" if model.package == "mmdet" else ""}' for name in ('ours', 'stock'))
