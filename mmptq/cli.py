@@ -17,6 +17,13 @@ from .engine.layouts import LAYOUTS
 from .errors import QuantizationError
 
 
+def key_value(text: str) -> str:
+    """One change of a config, checked; DictAction takes it apart."""
+    if '=' not in text:
+        raise argparse.ArgumentTypeError(f'{text!r} is not key=value')
+    return text
+
+
 def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of mmdet's tools/test.py, and those of quantization."""
     parser.add_argument('config', help='config file of mmdet or mmsegmentation, or package::name')
@@ -26,7 +33,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--show', action='store_true', help='show predictions')
     parser.add_argument('--show-dir', help='directory for painted predictions')
     parser.add_argument('--wait-time', type=float, default=2, help='interval of --show, s')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='changes of the config, key=value')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, type=key_value, help='changes of the config, key=value')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     parser.add_argument('--tta', action='store_true', help='evaluate with test-time augmentation')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
@@ -86,7 +93,7 @@ def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='config file that the model was quantized from, or its quantized.py')
     parser.add_argument('checkpoint', help='quantized.pth')
     parser.add_argument('--out', help='file to write (default: the checkpoint with the suffix .safetensors)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='changes of the config, key=value')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, type=key_value, help='changes of the config, key=value')
 
 
 def run_pack(args: argparse.Namespace) -> None:
@@ -103,7 +110,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--shape', type=int, nargs=2, required=True, metavar=('HEIGHT', 'WIDTH'), help='size of the images that the '
                         'backbone gets, and of the one that it is compared on')
     parser.add_argument('--dynamic', action='store_true', help='any height and width, where torch can export that; slow for Swin')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='changes of the config, key=value')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, type=key_value, help='changes of the config, key=value')
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -153,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'mmptq: error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('mmptq: interrupted; the same command with --resume goes on after the last calibrated block', file=sys.stderr)
+        more = '; the same command with --resume goes on after the last calibrated block' if args.command == 'quantize' else ''
+        print(f'mmptq: interrupted{more}', file=sys.stderr)
         return 130
     return 0

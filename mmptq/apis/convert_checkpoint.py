@@ -29,7 +29,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, kind: str | None 
         QuantizationError: If the source cannot be read or its keys are not those of a known layout.
     """
     source, target = Path(source), Path(target)
-    if target.suffix != '.pth' or target.resolve() == source.resolve():
+    if target.suffix != '.pth' or target.is_dir() or target.resolve() == source.resolve():
         raise QuantizationError(f'{target}: name another file than the source, one that ends with .pth')
     content = _read_safetensors(source) if source.suffix == '.safetensors' else read_file(source)
     weights: Any = content

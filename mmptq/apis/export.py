@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ def export(config: str | Config, checkpoint: str, out: str, shape: tuple[int, in
             exported, or ONNX Runtime computes something else.
     """
     path = Path(out)
-    if path.suffix != '.onnx':
+    if path.suffix != '.onnx' or path.is_dir():
         raise QuantizationError(f'{path}: name a file that ends with .onnx')
     if not path.parent.is_dir():
         raise QuantizationError(f'{path}: the directory {path.parent} does not exist')
@@ -53,9 +52,7 @@ def export(config: str | Config, checkpoint: str, out: str, shape: tuple[int, in
     made = how_made(loaded, checkpoint)
     if made is None:
         raise QuantizationError(f'{checkpoint} is not quantized: there is nothing to export (mmptq quantize makes quantized.pth)')
-    cfg = deepcopy(config) if isinstance(config, Config) else load_config(str(config))
-    if cfg_options:
-        cfg.merge_from_dict(dict(cfg_options))
+    cfg = load_config(config, cfg_options)
     model: Any = build_quantized(float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint)
     if not is_calibrated(model.backbone):
         raise QuantizationError(f'{checkpoint} is not calibrated: its quantizers have no parameters')

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +37,7 @@ def pack(config: str | Config, checkpoint: str, out: str | None = None, cfg_opti
     made = how_made(loaded, checkpoint)
     if made is None:
         raise QuantizationError(f'{checkpoint} is not quantized: there is nothing to pack (mmptq quantize --pack does both)')
-    cfg = deepcopy(config) if isinstance(config, Config) else load_config(str(config))
-    if cfg_options:
-        cfg.merge_from_dict(dict(cfg_options))
+    cfg = load_config(config, cfg_options)
     model = build_quantized(float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint)
     write_packed(model, cfg, made, loaded['meta'].get('dataset_meta'), path)
     return path
@@ -61,7 +58,7 @@ def load_packed(path: str | Path, config: str | Config | None = None) -> nn.Modu
     made = how_made(loaded, str(path))
     if made is None:
         raise QuantizationError(f'{path} does not say how it was quantized')
-    cfg = loaded['packed'] if config is None else config if isinstance(config, Config) else load_config(str(config))
+    cfg = loaded['packed'] if config is None else load_config(config)
     if config is None:
         try:
             check_types(cfg['model'], cfg['default_scope'])

@@ -85,9 +85,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         raise QuantizationError(f'the backend {backend} is that of the evaluation, and there is to be none; leave out one of the two')
     if not 0 <= seed < 2**63:
         raise QuantizationError(f'seed {seed}: it is a number from 0 to 2^63 - 1')
-    cfg = deepcopy(config) if isinstance(config, Config) else load_config(str(config))
-    if cfg_options:
-        cfg.merge_from_dict(dict(cfg_options))
+    cfg = load_config(config, cfg_options)
     cfg.launcher = launcher
     clean_config(cfg)
     stem = Path(cfg.filename).stem if cfg.filename else 'model'
@@ -134,7 +132,7 @@ def clean_config(cfg: Config) -> None:
                                 'custom_hooks, and give a checkpoint whose state_dict holds the averaged weights')
     cfg.custom_hooks = hooks
     backbone = (cfg.get('model') or {}).get('backbone') or {}
-    if 'pretrained' in backbone:
+    if isinstance(backbone, ConfigDict) and 'pretrained' in backbone:
         backbone['pretrained'] = None
 
 
@@ -146,17 +144,18 @@ def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Conf
     """
     cfg = deepcopy(cfg)
     model: Any = cfg.get('model')
-    if not isinstance(model, ConfigDict) or 'backbone' not in model:
-        raise QuantizationError('the config defines no model with a backbone')
-    if str(model.backbone.get('type', '')).startswith('mmptq.Quant') or str(model.get('type', '')).startswith('mmptq.Quant'):
+    backbone = model.get('backbone') if isinstance(model, ConfigDict) else None
+    if any(isinstance(part, ConfigDict) and str(part.get('type')).startswith('mmptq.Quant') for part in (model, backbone)):
         raise QuantizationError('the config is quantized already; give the original one, or use the test tool of mmdet or mmsegmentation')
+    if not isinstance(backbone, ConfigDict):
+        raise QuantizationError('the config defines no model with a backbone')
     model.pop('pretrained', None)  # the checkpoint has all weights, and a wrapped backbone takes no such argument
     if scope == 'model':
         if cfg.get('data_preprocessor'):  # a Runner would give it to QuantModel
             model.setdefault('data_preprocessor', cfg.pop('data_preprocessor'))
         cfg.model = ConfigDict(type='mmptq.QuantModel', model=model, recipe=recipe)
     else:
-        model.backbone = ConfigDict(type='mmptq.QuantBackbone', backbone=model.backbone, recipe=recipe)
+        model.backbone = ConfigDict(type='mmptq.QuantBackbone', backbone=backbone, recipe=recipe)
     return cfg
 
 

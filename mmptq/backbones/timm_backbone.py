@@ -45,8 +45,9 @@ class TimmBackbone(nn.Module):
         model = create_model(model_name, options)
         find_spec(model)
         depth = len(model.feature_info)
-        if not out_indices or not all(-depth <= index < depth for index in out_indices):
-            raise QuantizationError(f'out_indices {tuple(out_indices)}: {model_name} has feature maps 0 to {depth - 1}')
+        maps = [index % depth for index in out_indices if index in range(-depth, depth)] if isinstance(out_indices, Sequence) else []
+        if not maps or len(set(maps)) < len(out_indices):
+            raise QuantizationError(f'out_indices {out_indices}: {model_name} has feature maps 0 to {depth - 1}; list some, each once')
         if pretrained is not None:
             load_pretrained(model, pretrained)
         self.out_indices = model.prune_intermediate_layers(list(out_indices), prune_norm=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,12 +112,25 @@ def build_calibration_set(dataset: Mapping[str, Any], images: int, seed: int, ev
     return CalibrationSet(built, indices, paths, bool(leaks) or on_test)
 
 
-def load_config(config: str) -> Config:
-    """A config by file name, or by ``package::name`` as OpenMMLab's model zoos name theirs.
+def load_config(config: str | Config, changes: Mapping[str, Any] | None = None) -> Config:
+    """A config by file name, or by ``package::name`` as OpenMMLab's model zoos name theirs; of one that is loaded a copy.
+
+    Args:
+        config: The name, or the config.
+        changes: Of it, as ``--cfg-options`` has them.
 
     Raises:
-        QuantizationError: If there is none, or it cannot be read.
+        QuantizationError: If there is none, or it cannot be read, or changed so.
     """
+    cfg = deepcopy(config) if isinstance(config, Config) else _read(str(config))
+    try:
+        cfg.merge_from_dict(dict(changes or {}))
+    except (KeyError, TypeError) as error:
+        raise QuantizationError(f'--cfg-options do not fit the config: {error.args[0]}') from None
+    return cfg
+
+
+def _read(config: str) -> Config:
     try:
         if '::' in config:
             from mmengine.hub import get_config

@@ -205,7 +205,7 @@ def idle_layers(made: Mapping[str, Any]) -> list[str]:
 
 
 def portable_config(cfg: Config, idle: list[str]) -> Config:
-    """A config with the layers that stay float, and without what belongs to one run: where it wrote, what it loaded, whether it resumed."""
+    """A config with the layers that stay float, and without what belongs to one run: where it wrote, what it loaded, how it evaluated."""
     cfg = deepcopy(cfg)
     if idle:
         model = cfg.model
@@ -216,8 +216,8 @@ def portable_config(cfg: Config, idle: list[str]) -> Config:
         cfg.pop(key, None)
     for hook in cfg.custom_hooks:
         if hook['type'] == 'mmptq.PTQHook':
-            hook.pop('resume', None)
-            hook.pop('pack', None)
+            for key in ('resume', 'pack', 'backend'):
+                hook.pop(key, None)
     return cfg
 
 

@@ -96,7 +96,7 @@ def _swin(shapes: Shapes) -> Iterator[Key]:
     yield from _layer('patch_embed.proj', 'patch_embed.projection', embedding)
     yield from _layer('patch_embed.norm', 'patch_embed.norm', (dims,))
     for i in range(stages):
-        for j in range(shapes.count(rf'layers\.{i}\.blocks\.(\d+)\.')):
+        for j in range(max(1, shapes.count(rf'layers\.{i}\.blocks\.(\d+)\.'))):  # no stage is without blocks
             old, new = f'layers.{i}.blocks.{j}', f'stages.{i}.blocks.{j}'
             table = shapes.of(f'{old}.attn.relative_position_bias_table', 2)  # ((2 window - 1)^2, heads)
             window = (math.isqrt(table[0]) + 1) // 2

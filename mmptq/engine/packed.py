@@ -125,10 +125,12 @@ def float_model(cfg: Config) -> dict[str, Any]:
         model = model.module
     if isinstance(model, ConfigDict) and model.get('type') == 'mmptq.QuantModel':
         model = model.model
-    if not isinstance(model, ConfigDict) or 'backbone' not in model:
+    if not isinstance(model, ConfigDict) or not isinstance(model.get('backbone'), ConfigDict):
         raise QuantizationError('the config defines no model with a backbone')
     if model.backbone.get('type') == 'mmptq.QuantBackbone':
         model.backbone = model.backbone.backbone
+    if 'pretrained' in model.backbone:
+        model.backbone.pretrained = None  # a quantized checkpoint has all weights
     if cfg.get('data_preprocessor'):
         model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))  # as a Runner does
     return model.to_dict()  # type: ignore[no-any-return]

@@ -65,6 +65,7 @@ def test_calibration_and_files_are_as_without_it(task, quantized, tmp_path):
     assert ours['state_dict'].keys() == theirs['state_dict'].keys()
     assert all(torch.equal(value, theirs['state_dict'][key]) for key, value in ours['state_dict'].items())
     assert ours['meta']['mmptq']['layers'] == theirs['meta']['mmptq']['layers']
+    assert (tmp_path / 'quantized.py').read_text() == (quantized[0] / 'quantized.py').read_text()
     close(summary['quantized']['metrics'], quantized[1]['quantized']['metrics'])
     again = quantize(task.config, str(tmp_path / 'quantized.safetensors'), work_dir=str(tmp_path / 'again'), cfg_options=FEW)
     assert again['quantized'] == dict(again['quantized'], metrics=quantized[1]['quantized']['metrics'], backend='simulated')

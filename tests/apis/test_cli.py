@@ -112,12 +112,28 @@ def test_backbone_without_a_spec_lists_the_known_ones(run, upernet, tmp_path):
     assert code == 2 and is_one_line(error, 'ResNet', 'mmdet.SwinTransformer', 'mmseg.VisionTransformer', 'BackboneSpec')
 
 
+@pytest.mark.parametrize(('change', 'part'), [
+    ('model.backbone.embed_dims.x=1', 'embed_dims'), ('test_dataloader.dataset.pipeline.99.type=x', '99'),
+    ('model.backbone=3', 'no model with a backbone'),
+])
+def test_changes_of_a_config_that_do_not_fit_it(upernet, tmp_path, capsys, change, part):
+    assert main(['quantize', upernet.config, upernet.checkpoint, '--work-dir', str(tmp_path), '--cfg-options', change]) == 2
+    assert is_one_line(capsys.readouterr().err, part)
+
+
+def test_a_change_without_a_value(upernet, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(['quantize', upernet.config, upernet.checkpoint, '--cfg-options', 'model'])
+    assert end.value.code == 2 and "--cfg-options: 'model' is not key=value" in capsys.readouterr().err
+
+
 def test_config_without_a_model_or_quantized_already(run, upernet, tmp_path):
     config = tmp_path / 'nothing.py'
     config.write_text(f'_base_ = {upernet.config!r}\nmodel = dict(_delete_=True, type="EncoderDecoder")\n')
     assert is_one_line(run(config=config)[1], 'no model with a backbone')
-    config.write_text(f"_base_ = {upernet.config!r}\nmodel = dict(backbone=dict(_delete_=True, type='mmptq.QuantBackbone'))\n")
-    assert is_one_line(run(config=config)[1], 'quantized already')
+    for model in ("backbone=dict(_delete_=True, type='mmptq.QuantBackbone')", "_delete_=True, type='mmptq.QuantModel', model={}"):
+        config.write_text(f'_base_ = {upernet.config!r}\nmodel = dict({model})\n')
+        assert is_one_line(run(config=config)[1], 'quantized already')
 
 
 def test_empty_or_unreadable_calibration_data(run, upernet, tmp_path):
@@ -171,6 +187,16 @@ def test_too_little_memory_is_said_before_the_machine_suffers(run, monkeypatch, 
     code, error = run()
     assert code == 2 and is_one_line(error, 'too little memory', '--calib-images')
     assert not list(tmp_path.rglob('quantized.pth'))
+
+
+@pytest.mark.parametrize(('command', 'more'), [('quantize', True), ('pack', False), ('convert-checkpoint', False)])
+def test_an_interrupted_command_says_how_to_go_on_if_it_can(command, more, monkeypatch, capsys):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(f'mmptq.cli.{command.replace("-", "_")}', stop)
+    assert main([command, 'first', 'second']) == 130
+    error = capsys.readouterr().err
+    assert error.startswith('mmptq: interrupted') and ('--resume' in error) == more
 
 
 def test_arguments_are_a_superset_of_mmdets_test_tool():

@@ -306,6 +306,8 @@ REFUSED = {
     'no norm': (lambda: without(swin_weights(), 'layers.1.downsample.norm.bias'), ['lacks layers.1.downsample.norm.bias']),
     'no block': (lambda: {key: value for key, value in swin_weights().items() if not key.startswith('layers.0.blocks.0.')},
                  ['lacks layers.0.blocks.0.']),
+    'no blocks': (lambda: {key: value for key, value in swin_weights().items() if not key.startswith('layers.1.blocks.')},
+                  ['lacks layers.1.blocks.0.']),
     'no table': (lambda: without(swin_weights(), 'layers.1.blocks.0.attn.relative_position_bias_table'),
                  ['lacks layers.1.blocks.0.attn.relative_position_bias_table']),
     'absolute positions': (lambda: {**swin_weights(), 'absolute_pos_embed': torch.zeros(1, 8, 4, 4)},
@@ -357,7 +359,8 @@ def test_another_kind_than_the_named_one(tmp_path):
 
 def test_names_of_files(tmp_path):
     torch.save(vit_weights(), tmp_path / 'vit.pth')
-    for target in ('vit.pth', '../' + tmp_path.name + '/vit.pth', 'vit.safetensors'):
+    (tmp_path / 'folder.pth').mkdir()
+    for target in ('vit.pth', '../' + tmp_path.name + '/vit.pth', 'vit.safetensors', 'folder.pth'):
         with pytest.raises(QuantizationError, match=re.escape(target)):
             convert_checkpoint(tmp_path / 'vit.pth', tmp_path / target)
     with pytest.raises(QuantizationError, match=r'absent\.pth does not exist'):

@@ -4,7 +4,7 @@ import torch
 from mmengine.config import Config
 
 from mmptq import QuantizationError
-from mmptq.apis import quantize
+from mmptq.apis import load_packed, pack, quantize
 from mmptq.backbones.timm_import import import_timm
 
 from ..conftest import build_in
@@ -36,3 +36,6 @@ def test_the_whole_road_without_the_weights_that_training_began_with(demo_data, 
     assert len(rows) == 1 + 5 * 6 + 3 and all(row['reason'] is None for row in rows)
     assert summary['float']['metrics'].keys() == summary['quantized']['metrics'].keys()
     assert Config.fromfile(tmp_path / 'quantized.py').model.backbone.backbone.pretrained is None
+    packed = load_packed(pack(CONFIG, str(tmp_path / 'quantized.pth'), cfg_options=options))
+    bias = 'backbone.model.layers.0.blocks.0.mlp.fc1.bias'
+    assert torch.equal(packed.state_dict()[bias], torch.load(tmp_path / 'quantized.pth', weights_only=True)['state_dict'][bias])

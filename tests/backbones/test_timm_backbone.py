@@ -231,6 +231,8 @@ def test_files_that_are_not_weights_of_the_model(tmp_path, capsys):
     (dict(model_name='hf-hub:timm/vit'), "has no model 'hf-hub:timm/vit'"),
     (dict(out_indices=(0, 3)), r'out_indices \(0, 3\): vit_tiny_patch16_224 has feature maps 0 to 2'),
     (dict(out_indices=()), r'out_indices \(\)'),
+    (dict(out_indices=2), 'out_indices 2: .* 0 to 2; list some'),
+    (dict(out_indices=(2, -1)), r'out_indices \(2, -1\): .* each once'),
 ])
 def test_models_and_maps_that_are_not_there(changes, message):
     with pytest.raises(QuantizationError, match=message):
