@@ -30,8 +30,11 @@ def has_compiler() -> bool:
 
 def fused(function: Function) -> Function:
     """A function of tensors, compiled when it is first called: once for each width, for any number of rows (the first dimension)."""
-    # Without precise casts, a rounding to float16 is optimized away.
-    compiled = torch.compile(function, dynamic=False, recompile_limit=256, options={'emulate_precision_casts': True})  # type: ignore[call-overload]
+    @functools.cache
+    def compiled() -> Any:
+        # Without precise casts, a rounding to float16 is optimized away.
+        options = {'emulate_precision_casts': True}
+        return torch.compile(function, dynamic=False, recompile_limit=256, options=options)  # type: ignore[call-overload]
 
     @functools.wraps(function)
     def call(x: Tensor, *args: Any) -> Any:
@@ -40,7 +43,7 @@ def fused(function: Function) -> Function:
         for each in (x, *args):
             if isinstance(each, Tensor) and each.ndim == x.ndim and each.shape[0] == x.shape[0]:
                 torch._dynamo.maybe_mark_dynamic(each, 0)
-        return compiled(x, *args)
+        return compiled()(x, *args)
 
     return call  # type: ignore[return-value]
 
