@@ -1,7 +1,7 @@
 """Converts a built backbone in place: module and parameter names stay, so any checkpoint of the float one loads."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -56,7 +56,7 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
         attention = backbone.get_submodule(name)
         if isinstance(attention, nn.MultiheadAttention):
             new = SelfAttention.from_float(attention)
-            _replace(backbone, attention, new)
+            replace_modules(backbone, {attention: new})
             attention = new
         qk, pv = extend_attention(attention)
         recipe.equip(qk, {'left': 'query', 'right': 'key'})
@@ -93,7 +93,7 @@ def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Rec
             assert isinstance(layer, nn.Conv2d)
             op = QuantConv2d.from_float(layer)
         recipe.equip(op, {'input': site, 'weight': 'weight'})
-        _replace(module, layer, op)
+        replace_modules(module, {layer: op})
     return skipped
 
 
@@ -108,7 +108,7 @@ def leave_float(model: nn.Module, report: ConversionReport, names: Iterable[str]
         op = modules.get(name)
         if not isinstance(op, QuantLinear | QuantConv2d):
             raise QuantizationError(f'{name} is to stay float, but is no layer of the model that could be quantized')
-        _replace(model, op, op.to_float())
+        replace_modules(model, {op: op.to_float()})
         report.skipped[name] = IDLE
 
 
@@ -117,9 +117,9 @@ def _multiplies(module: nn.Module) -> bool:
     return weight is not None and weight.ndim > 1 and not isinstance(module, nn.Embedding)
 
 
-def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Puts a module in the place of another, wherever that is: layers may be shared."""
+def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Puts modules in the places of others, wherever these are: layers may be shared."""
     for parent in list(root.modules()):
         for name, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, name, new)
+            if child is not None and child in new:
+                setattr(parent, name, new[child])

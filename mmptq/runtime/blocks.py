@@ -7,14 +7,12 @@ feed-forward network, added to the tokens. Windows are padded, shifted and cut b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import SelfAttention
 from .coders import Uniform
 from .kernels import merge_heads, softmax, split_heads, with_maxima
 from .ops import IntegerLinear, IntegerMatMul
@@ -72,70 +70,45 @@ def shifted(height: int, width: int, size: int, shift: int, device: torch.device
     return Windows(index, place[:-1], cut(region) if shift else None)
 
 
-@dataclass
-class Parts:
-    """What a block is made of.
-
-    Attributes:
-        norm1, norm2: Layer norms.
-        qkv, proj, fc1, fc2: Layers.
-        qk, pv: Products.
-        heads: Their number.
-        scale: Of the queries.
-        bias: Added to the scores, (heads, length, length).
-        window: Size and shift of the windows; None: one window.
-        fused: The act is an exact GELU, which oneDNN computes with fc1.
-    """
-
-    norm1: nn.LayerNorm
-    qkv: IntegerLinear
-    qk: IntegerMatMul
-    pv: IntegerMatMul
-    proj: IntegerLinear
-    norm2: nn.LayerNorm
-    fc1: IntegerLinear
-    act: nn.Module
-    fc2: IntegerLinear
-    heads: int
-    scale: float
-    bias: Tensor | None = None
-    window: tuple[int, int] | None = None
-
-    def fit(self) -> bool:
-        """Whether all are what a fused block is written for."""
-        layers = (self.qkv, self.proj, self.fc1, self.fc2)
-        return (all(isinstance(layer, IntegerLinear) for layer in layers) and isinstance(self.qkv.coder, Uniform)
-                and isinstance(self.qk, IntegerMatMul) and isinstance(self.pv, IntegerMatMul)
-                and isinstance(self.qk.left, Uniform) and type(self.norm1) is type(self.norm2) is nn.LayerNorm
-                and isinstance(self.pv.right, Uniform))
-
-
 class IntegerBlock(nn.Module):
     """A block of a Swin or Vision Transformer; called as the block that it stands for.
 
     Args:
-        parts: What it is made of.
+        norm1: Before attention.
+        qkv: Queries, keys and values.
+        qk: Product of queries and keys.
+        pv: Product of probabilities and values.
+        proj: After attention.
+        norm2: Before the feed-forward network.
+        fc1: Its first layer.
+        act: Between its layers.
+        fc2: Its second layer.
+        heads: Their number.
+        scale: Of the queries.
+        bias: Added to the scores, (heads, length, length).
+        window: Size and shift of the windows; None: one window.
+
+    Raises:
+        NotImplementedError: If one of these is not what a fused block is written for.
     """
 
-    norm1: nn.LayerNorm
-    qkv: IntegerLinear
-    qk: IntegerMatMul
-    pv: IntegerMatMul
-    proj: IntegerLinear
-    norm2: nn.LayerNorm
-    fc1: IntegerLinear
-    act: nn.Module
-    fc2: IntegerLinear
     bias: Tensor | None
     padding: Tensor
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, norm1: nn.LayerNorm, qkv: IntegerLinear, qk: IntegerMatMul, pv: IntegerMatMul, proj: IntegerLinear,
+                 norm2: nn.LayerNorm, fc1: IntegerLinear, act: nn.Module, fc2: IntegerLinear, heads: int, scale: float,
+                 bias: Tensor | None = None, window: tuple[int, int] | None = None) -> None:
         super().__init__()
-        for name in ('norm1', 'qkv', 'qk', 'pv', 'proj', 'norm2', 'fc1', 'act', 'fc2'):
-            self.add_module(name, getattr(parts, name))
-        self.heads, self.scale, self.window = parts.heads, parts.scale, parts.window
-        self.register_buffer('bias', parts.bias)
-        self.register_buffer('padding', self.qkv.encode(self.qkv.gain.new_zeros(2, self.qkv.in_features))[:1])
+        for kind, modules in ((nn.LayerNorm, (norm1, norm2)), (IntegerLinear, (qkv, proj, fc1, fc2)), (IntegerMatMul, (qk, pv))):
+            if any(type(module) is not kind for module in modules):
+                raise NotImplementedError(f'not all are {kind.__name__}: {modules}')
+        if not all(isinstance(coder, Uniform) for coder in (qkv.coder, qk.left)):
+            raise NotImplementedError('queries, keys, values and what they are made from must be uniform')
+        self.norm1, self.qkv, self.qk, self.pv, self.proj = norm1, qkv, qk, pv, proj
+        self.norm2, self.fc1, self.act, self.fc2 = norm2, fc1, act, fc2
+        self.heads, self.scale, self.window = heads, scale, window
+        self.register_buffer('bias', bias)
+        self.register_buffer('padding', qkv.encode(qkv.gain.new_zeros(2, qkv.in_features))[:1])
         self.windows: dict[tuple[int, int], Windows] = {}
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int] | None = None) -> Tensor:
@@ -257,22 +230,20 @@ def _pieces(windows: Windows, count: int) -> Iterator[tuple[Tensor, Tensor | Non
     return zip(windows.token.tensor_split(pieces), regions, strict=True)
 
 
-def swin_parts(block: Any) -> Parts:
+def swin_block(block: Any) -> IntegerBlock:
     """Of mmdet's and mmsegmentation's ``SwinBlock``."""
     attention = block.attn.w_msa
-    size, shift = block.attn.window_size, block.attn.shift_size
     index = attention.relative_position_index
     bias = attention.relative_position_bias_table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).contiguous()
-    return Parts(block.norm1, attention.qkv, attention.qk, attention.pv, attention.proj, block.norm2, *_ffn(block.ffn),
-                 attention.num_heads, attention.scale, bias.detach(), (size, shift))
+    return IntegerBlock(block.norm1, attention.qkv, attention.qk, attention.pv, attention.proj, block.norm2, *_ffn(block.ffn),
+                        attention.num_heads, attention.scale, bias.detach(), (block.attn.window_size, block.attn.shift_size))
 
 
-def vit_parts(block: Any) -> Parts:
-    """Of mmsegmentation's ``TransformerEncoderLayer``, its attention written out."""
-    attention: SelfAttention = block.attn.attn
-    scale = (attention.embed_dim // attention.num_heads) ** -0.5
-    return Parts(block.norm1, attention.in_proj, attention.qk, attention.pv, attention.out_proj, block.norm2, *_ffn(block.ffn),  # type: ignore[arg-type]
-                 attention.num_heads, scale)
+def vit_block(block: Any) -> IntegerBlock:
+    """Of mmsegmentation's ``TransformerEncoderLayer``, its attention written out (:class:`mmptq.layers.SelfAttention`)."""
+    attention = block.attn.attn
+    return IntegerBlock(block.norm1, attention.in_proj, attention.qk, attention.pv, attention.out_proj, block.norm2, *_ffn(block.ffn),
+                        attention.num_heads, (attention.embed_dim // attention.num_heads) ** -0.5)
 
 
 def _ffn(ffn: Any) -> tuple[Any, Any, Any]:
@@ -280,19 +251,19 @@ def _ffn(ffn: Any) -> tuple[Any, Any, Any]:
     return ffn.layers[0][0], ffn.layers[0][1], ffn.layers[1]
 
 
-BLOCKS = {'mmdet.SwinBlock': swin_parts, 'mmseg.SwinBlock': swin_parts, 'mmseg.TransformerEncoderLayer': vit_parts}
+BLOCKS = {'mmdet.SwinBlock': swin_block, 'mmseg.SwinBlock': swin_block, 'mmseg.TransformerEncoderLayer': vit_block}
 """Blocks with a fused form, by ``package.ClassName``."""
 
 MERGINGS = ('mmdet.PatchMerging', 'mmseg.PatchMerging')
 
 
 def fused_block(block: nn.Module) -> IntegerBlock | None:
-    """The fused form of a block whose operations are integer ones, if there is one."""
-    parts = BLOCKS.get(_qualified(block))
-    if parts is None:
+    """The fused form of a block, if there is one and its operations are integer ones."""
+    made = BLOCKS.get(_qualified(block))
+    try:
+        return made and made(block)
+    except NotImplementedError:  # some of its operations stay simulated
         return None
-    found = parts(block)
-    return IntegerBlock(found) if found.fit() else None
 
 
 def _qualified(module: nn.Module) -> str:

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..backbones.convert import replace_modules
 from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from ..quantizers import Quantizer
@@ -49,10 +50,11 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
                 paths[name] = integer.path
         except NotImplementedError as reason:
             paths[name] = f'simulated: {reason}'
-    _replace(model, replaced)
+    replace_modules(model, replaced)
+    model.requires_grad_(False)  # integer products have no gradient
     if fuse:
         blocks = {block: fused_block(block) for block in model.modules()}
-        _replace(model, {block: new.eval() for block, new in blocks.items() if new is not None})
+        replace_modules(model, {block: new.eval() for block, new in blocks.items() if new is not None})
     if device.type == 'cpu' and not torch.cpu._is_vnni_supported():
         logging.getLogger('mmengine').warning('this CPU has no VNNI: integer products are exact, but slow')
     return paths
@@ -71,11 +73,3 @@ def _check(model: nn.Module, ops: dict[str, QuantOp]) -> None:
     devices = {str(value.device) for value in (*model.parameters(), *model.buffers()) if value.numel()}
     if len(devices) > 1:
         raise QuantizationError(f'the model is on several devices: {", ".join(sorted(devices))}; move it to one first')
-
-
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts new modules in the places of old ones, wherever these are."""
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in new:
-                setattr(parent, name, new[child])

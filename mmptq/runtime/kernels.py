@@ -51,6 +51,10 @@ def fused(function: Function) -> Function:
 @fused
 def encode(x: Tensor, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
     """Codes of rows (rows, channels), uint8; of AdaLog the table's values, float."""
+    return _coded(x, change, coder)
+
+
+def _coded(x: Tensor, change: Change | None, coder: Uniform | AdaLog | Whole) -> Tensor:
     if change is not None:
         x = x * change.factor - change.shift
     return coder.codes(x).to(torch.uint8) if isinstance(coder, Uniform) else coder.integers(x)
@@ -145,7 +149,4 @@ def merge_heads(x: Tensor, scale: Tensor, change: Change | None, coder: Uniform 
         (windows, length, heads * channels), uint8; of AdaLog and float input float.
     """
     x = (x * scale).transpose(1, 2)
-    x = x.reshape(x.shape[0], x.shape[1], -1)
-    if change is not None:
-        x = x * change.factor - change.shift
-    return coder.codes(x).to(torch.uint8) if isinstance(coder, Uniform) else coder.integers(x)
+    return _coded(x.reshape(x.shape[0], x.shape[1], -1), change, coder)

@@ -17,6 +17,9 @@ EXACT = 2**24
 SUMS = 16
 """Outputs that are added for a sum of the codes: one and, for speed, those that make it a whole vector."""
 
+FEWEST = 32
+"""Rows that an int8 product has at least."""
+
 
 class IntegerOp(nn.Module):
     """An operation whose product is one of integers.
@@ -82,6 +85,8 @@ class IntegerLinear(IntegerOp):
             self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
             self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
             self.register_buffer('weight', weight[:0])
+        elif weight.is_cuda and (weight.shape[0] % 8 or weight.shape[1] % 8):
+            raise NotImplementedError('torch._int_mm takes sizes on a GPU that 8 divides')
         else:
             self.path += ', by _int_mm'
             self.register_buffer('weight', weight)
@@ -111,17 +116,18 @@ class IntegerLinear(IntegerOp):
             return self.gain.new_zeros(0, self.out_features)
         if self.parts > 1:
             codes = torch.cat([codes] * self.parts, 1)
+        at_once = gelu and self.gives_codes
         if self.packed is None:
             out = self._plain(codes)
         else:
             after = (1.0, 0, torch.float32) if coder is None else (float(coder.scale), int(coder.zero), torch.uint8)
             out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.offset,
-                                                     *after, 'gelu' if gelu and self.excess is None else 'none', [], 'none')
+                                                     *after, 'gelu' if at_once else 'none', [], 'none')
         if self.excess is not None:
             out = torch.addcmul(out[:, :self.out_features], out[:, self.out_features, None], self.excess)
         if coder is not None:
             return out if coder.most == 255 else out.clamp_(max=coder.most)
-        return F.gelu(out) if gelu and (self.packed is None or self.excess is not None) else out
+        return F.gelu(out) if gelu and not at_once else out
 
     def _plain(self, codes: Tensor) -> Tensor:
         """The output without oneDNN."""
@@ -133,7 +139,7 @@ class IntegerLinear(IntegerOp):
 
     @property
     def gives_codes(self) -> bool:
-        """Whether :meth:`multiply` can give codes."""
+        """Whether the product itself can give codes, or go through GELU."""
         return self.packed is not None and self.excess is None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -321,10 +327,13 @@ def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tens
         zero_point: Of the codes.
         sums: Of the rows of the weight, int64, (out,).
     """
+    rows = len(codes)
+    if rows < FEWEST:  # a GPU takes no fewer
+        codes = F.pad(codes, (0, 0, 0, FEWEST - rows))
     signed = (codes.to(torch.int16) - 128).to(torch.int8)
     # torch._int_mm misreads the transpose of a single column.
     product = torch._int_mm(signed, weight.t()) if codes.shape[1] > 1 else signed.to(torch.int32) * weight.t().to(torch.int32)
-    return product + ((128 - zero_point) * sums).to(torch.int32)
+    return product[:rows] + ((128 - zero_point) * sums).to(torch.int32)
 
 
 def has_onednn(device: torch.device) -> bool:

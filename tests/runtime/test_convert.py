@@ -142,3 +142,15 @@ def test_maps_whose_size_does_not_fit_the_tokens_are_refused():
     to_integer(backbone)
     with pytest.raises((QuantizationError, AssertionError, RuntimeError, IndexError)):
         backbone.stages[0].blocks[0](torch.randn(1, 30, 8), (6, 6))
+
+
+@pytest.mark.parametrize('family', ['mmdet swin', 'mmseg vit'])
+def test_a_batch_is_its_images_and_needs_no_no_grad(family):
+    backbone = ready(family, 'minmax_w8a8')
+    to_integer(backbone)
+    images = torch.cat([image(45, 57, seed=seed) for seed in range(2)])
+    outputs = backbone(images)
+    assert not any(output.requires_grad for output in outputs)
+    for number in range(2):
+        for whole, single in zip(outputs, backbone(images[number:number + 1]), strict=True):
+            torch.testing.assert_close(whole[number], single[0], rtol=1e-5, atol=1e-5)
