@@ -27,12 +27,23 @@ class UniformQuantizer(Quantizer):
     """``U(x; s, z) = s (clip(round(x/s) + z, 0, N-1) - z)`` with an integer zero point z; zero is always exact.
 
     Parameters: ``scale`` (float, positive) and ``zero_point`` (int32).
+
+    Args:
+        bits: Width of a code, 2 to 8.
+        axis: Negative axis along which parameters differ, or None for one set.
+        symmetric: Whether ranges are as wide below zero as above it: z is N/2, and 8-bit integers ``code - z`` fit int8.
     """
 
     param_names = ('scale', 'zero_point')
     uniform: ClassVar[bool] = True
     scale: Tensor | None
     zero_point: Tensor | None
+
+    def __init__(self, bits: int, axis: int | None = None, symmetric: bool = False) -> None:
+        super().__init__(bits, axis)
+        if not isinstance(symmetric, bool):
+            raise ValueError(f'symmetric must be True or False, not {symmetric!r}')
+        self.symmetric = symmetric
 
     def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # type: ignore[override]
         return encode_uniform(x, scale, zero_point, self.levels)
@@ -65,29 +76,38 @@ class UniformQuantizer(Quantizer):
         A range without width (a constant zero) gets scale 1, which keeps zero exact.
         """
         low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = _usable((high - low) / (self.levels - 1))
-        zero_point = torch.round(-low / scale).clamp_(0, self.levels - 1)
+        scale = _usable(self._width(low, high) / self._steps)
+        zero_point = torch.full_like(scale, self.levels // 2) if self.symmetric else torch.round(-low / scale).clamp_(0, self.levels - 1)
         return {'scale': scale, 'zero_point': zero_point.to(torch.int32)}
+
+    def _width(self, low: Tensor, high: Tensor) -> Tensor:
+        """How wide a grid from ``low`` to ``high`` is; a symmetric one goes as far on either side."""
+        return 2 * torch.maximum(low.abs(), high.abs()) if self.symmetric else high - low
+
+    @property
+    def _steps(self) -> int:
+        """Of a grid, as many as codes less one; a symmetric one has none for the lowest code."""
+        return self.levels - (2 if self.symmetric else 1)
 
     def candidates(self, values: Tensor, count: int, present: Params | None = None) -> Grid:
         """FPCS's first grid: scales of ranges as wide as from the 0.9 and 0.1 quantiles to the extremes, times zero points.
 
         N zero points per tensor, N/2 per channel or head, at most :data:`MOST_ZERO_POINTS`. The paper centres them on N/2;
         here they are centred on the zero point of the whole range, which is the same where all N are tried, and for more bits
-        does not waste the grid where values are one-sided.
+        does not waste the grid where values are one-sided. Symmetric ranges have one.
         """
         low, inner_low, inner_high, high = quantiles(values, (0, 0.1, 0.9, 1))  # (groups,) each
-        number = min(MOST_ZERO_POINTS, self.levels if self.axis is None else self.levels // 2)
+        number = 1 if self.symmetric else min(MOST_ZERO_POINTS, self.levels if self.axis is None else self.levels // 2)
         steps = max(2, count // number)
-        widest = high.clamp(min=0) - low.clamp(max=0)
-        narrowest = torch.minimum(inner_high - inner_low, widest)
+        widest = self._width(low.clamp(max=0), high.clamp(min=0))
+        narrowest = torch.minimum(self._width(inner_low, inner_high), widest)
         fractions = torch.linspace(0, 1, steps, dtype=values.dtype, device=values.device)[:, None]
-        scales = torch.lerp(narrowest, widest, fractions) / (self.levels - 1)  # (steps, groups)
-        scales = torch.where(_usable(scales) == scales, scales, _usable(widest / (self.levels - 1)))
+        scales = torch.lerp(narrowest, widest, fractions) / self._steps  # (steps, groups)
+        scales = torch.where(_usable(scales) == scales, scales, _usable(widest / self._steps))
         center = self.range_params(low, high)['zero_point']
         first = (center - number // 2).clamp(0, self.levels - number)
         zero_points = first + torch.arange(number, dtype=torch.int32, device=values.device)[:, None]  # (number, groups)
-        spacing = (widest - narrowest) / (self.levels - 1) / (steps - 1)
+        spacing = (widest - narrowest) / self._steps / (steps - 1)
         return Grid({'scale': scales.repeat_interleave(number, 0), 'zero_point': zero_points.repeat(steps, 1)}, spacing)
 
     def refine(self, grid: Grid, errors: Tensor, values: Tensor, count: int, width: int) -> Grid:

@@ -6,7 +6,7 @@ feed-forward network, added to the tokens. Windows are padded, shifted and cut b
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .coders import Uniform
-from .kernels import merge_heads, softmax, split_heads, with_maxima
+from .kernels import map_of_normalized, merge_heads, softmax, split_heads, with_maxima
 from .ops import IntegerLinear, IntegerMatMul
 
-PIECE = 2**21
-"""Values of the widest tensor of a piece: larger ones leave the cache, smaller ones are not worth a call."""
+PIECE = 2**22
+"""Values of the widest tensor of a piece: more leave the cache and take memory, fewer are not worth the calls."""
 
 KEPT = 8
 """Sizes of images whose windows a block keeps."""
@@ -106,10 +106,21 @@ class IntegerBlock(nn.Module):
             raise NotImplementedError('queries, keys, values and what they are made from must be uniform')
         self.norm1, self.qkv, self.qk, self.pv, self.proj = norm1, qkv, qk, pv, proj
         self.norm2, self.fc1, self.act, self.fc2 = norm2, fc1, act, fc2
-        self.heads, self.scale, self.window = heads, scale, window
+        self.heads, self.window = heads, window
         self.register_buffer('bias', bias)
+        coders: Any = (qk.left, qk.right, pv.right)
+        # About an even number halves round as about zero; codes of 8 bits have no room for one more.
+        zeros = [coder.zero if coder.most == 255 else coder.zero + coder.zero % 2 for coder in coders]
+        self.spans = tuple((zero, -coder.zero, coder.most - coder.zero) for zero, coder in zip(zeros, coders, strict=True))
+        factors = [coder.inverse * factor for coder, factor in zip(coders, (scale, 1, 1), strict=True)]
+        self.heads_codes = qkv.in_steps(self._each_output(factors), self._each_output(zeros))
         self.register_buffer('padding', qkv.encode(qkv.gain.new_zeros(2, qkv.in_features))[:1])
         self.windows: dict[tuple[int, int], Windows] = {}
+
+    def _each_output(self, values: Sequence[Tensor]) -> Tensor:
+        """Values of queries, keys and values, () or (heads, 1, 1), for each output of their layer."""
+        channels = self.qkv.out_features // (3 * self.heads)
+        return torch.stack([value.reshape(-1, 1).expand(self.heads, channels) for value in values]).flatten()
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int] | None = None) -> Tensor:
         """Tokens (batch, tokens, channels), of maps of a shape for windows."""
@@ -132,24 +143,23 @@ class IntegerBlock(nn.Module):
     def _attention(self, x: Tensor, windows: Windows, out: Tensor) -> None:
         """Writes ``x + attention(norm1(x))`` into ``out``, (tokens, channels) both."""
         channels, rows = x.shape[1], rows_of(x.shape[1])
-        codes = torch.cat([*(self.qkv.encode(normalized(self.norm1, piece)) for piece in x.split(rows)), self.padding])
+        codes = torch.cat([*(self.qkv.encode_normalized(self.norm1, piece) for piece in x.split(rows)), self.padding])
         length = windows.token.shape[1]
         attended = torch.cat([self._attend(codes.index_select(0, index.flatten()).view(*index.shape, -1), regions) for index, regions in
                               _pieces(windows, rows_of(length * max(3 * channels, self.heads * length)))]).flatten(0, 1)
         for place, source, target in zip(windows.place.split(rows), x.split(rows), out.split(rows), strict=True):
-            torch.add(source, self.proj.multiply(attended.index_select(0, place)), out=target)
+            self.proj.add_to(target.copy_(source), attended.index_select(0, place))
 
     def _attend(self, codes: Tensor, regions: Tensor | None) -> Tensor:
         """Codes for the projection, (windows, length, channels), from codes for queries, keys and values."""
         count, length, channels = codes.shape
-        projected = self.qkv.multiply(codes.view(-1, channels)).view(count, length, 3, self.heads, -1)
-        coders = self.qk.left, self.qk.right, self.pv.right
-        queries, keys, values = split_heads(projected, self.scale, coders)  # type: ignore[arg-type]
+        projected = self.heads_codes(codes.view(-1, channels)).view(count, length, 3, self.heads, -1)
+        queries, keys, values = split_heads(projected, self.spans)
         scores = self.qk.multiply(queries, keys.transpose(-1, -2))
-        probabilities, side = softmax(scores, self.qk.gain, self.bias, regions, self.pv.left)
+        probabilities, side = softmax(scores, regions, self.qk.gain, self.bias, self.pv.left)
         product = self.pv.multiply(probabilities, values)
         if side is not None:
-            product = with_maxima(product, values, side)
+            product = with_maxima(product, values, *side)
         return merge_heads(product, self.pv.gain, self.proj.change, self.proj.coder)
 
     def _feed_forward(self, x: Tensor) -> None:
@@ -157,13 +167,13 @@ class IntegerBlock(nn.Module):
         exact = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
         at_once = exact and self.fc1.gives_codes and self.fc2.change is None and isinstance(self.fc2.coder, Uniform)
         for piece in x.split(max(LEAST, rows_of(self.fc1.out_features))):
-            codes = self.fc1.encode(normalized(self.norm2, piece))
+            codes = self.fc1.encode_normalized(self.norm2, piece)
             if at_once:
-                codes = self.fc1.multiply(codes, True, self.fc2.coder)  # type: ignore[arg-type]
+                codes = self.fc1.codes_of_gelu(codes, self.fc2.coder)  # type: ignore[arg-type]
             else:
                 hidden = self.fc1.multiply(codes, exact)
                 codes = self.fc2.encode(hidden if exact else self.act(hidden))
-            piece.add_(self.fc2.multiply(codes))
+            self.fc2.add_to(piece, codes)
 
 
 class IntegerMerging(nn.Module):
@@ -194,8 +204,25 @@ class IntegerMerging(nn.Module):
         count = max(1, rows_of(x.shape[-1] * 4) // size[1])
         for piece, target in zip(lines.split(count), out.split(count), strict=True):
             patches = piece.transpose(1, 2).flatten(0, 1).flatten(1)
-            target.copy_(self.reduction.multiply(self.reduction.encode(normalized(self.norm, patches))).view(target.shape))
+            target.copy_(self.reduction.multiply(self.reduction.encode_normalized(self.norm, patches)).view(target.shape))
         return out.view(len(x), -1, out.shape[-1]), size
+
+
+class MapNorm(nn.Module):
+    """A layer norm whose output is made a map, channels outermost; it is so in memory, and only its shape is that of tokens.
+
+    Args:
+        norm: The layer norm.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (batch, tokens, channels)."""
+        maps = [map_of_normalized(tokens, self.norm.weight, self.norm.bias, self.norm.eps) for tokens in x]
+        return (maps[0][None] if len(maps) == 1 else torch.stack(maps)).transpose(1, 2)
 
 
 def merged_order(channels: int) -> Tensor:
@@ -211,11 +238,6 @@ def is_merging(module: Any) -> bool:
     return (all(value in (2, (2, 2)) for value in (sampler.kernel_size, sampler.stride)) and sampler.dilation in (1, (1, 1))
             and sampler.padding in (0, (0, 0)) and getattr(module.adap_padding, 'padding', None) == 'corner'
             and type(module.norm) is nn.LayerNorm)
-
-
-def normalized(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """A layer norm's output."""
-    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
 def rows_of(width: int) -> int:
@@ -255,6 +277,22 @@ BLOCKS = {'mmdet.SwinBlock': swin_block, 'mmseg.SwinBlock': swin_block, 'mmseg.T
 """Blocks with a fused form, by ``package.ClassName``."""
 
 MERGINGS = ('mmdet.PatchMerging', 'mmseg.PatchMerging')
+
+
+MAPPED = ('mmdet.SwinTransformer', 'mmseg.SwinTransformer')
+"""Backbones whose own layer norms make maps."""
+
+
+def fused_forms(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """What blocks and layer norms of a model, its operations converted, are replaced by."""
+    forms: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if _qualified(module) in MAPPED:
+            forms |= {norm: MapNorm(norm) for norm in module.children() if type(norm) is nn.LayerNorm}
+        block = fused_block(module)
+        if block is not None:
+            forms[module] = block
+    return forms
 
 
 def fused_block(block: nn.Module) -> IntegerBlock | None:

@@ -12,7 +12,7 @@ from ..backbones.convert import replace_modules
 from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from ..quantizers import Quantizer
-from .blocks import IntegerMerging, fused_block, is_merging, merged_order
+from .blocks import IntegerMerging, fused_forms, is_merging, merged_order
 from .ops import IntegerConv2d, IntegerLinear, IntegerMatMul, IntegerOp
 
 INTEGER: dict[type[QuantOp], Callable[..., IntegerOp]] = {
@@ -53,8 +53,7 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
     replace_modules(model, replaced)
     model.requires_grad_(False)  # integer products have no gradient
     if fuse:
-        blocks = {block: fused_block(block) for block in model.modules()}
-        replace_modules(model, {block: new.eval() for block, new in blocks.items() if new is not None})
+        replace_modules(model, {part: form.eval() for part, form in fused_forms(model).items()})
     if device.type == 'cpu' and not torch.cpu._is_vnni_supported():
         logging.getLogger('mmengine').warning('this CPU has no VNNI: integer products are exact, but slow')
     return paths

@@ -9,9 +9,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .coders import AdaLog, Change, Coder, DeMax, Uniform, Whole
+
+FARTHEST = -80.0
+"""Of a score from the largest: exp of less has denormal numbers, which take a CPU many times as long, and no quantizer sees them."""
 
 Function = TypeVar('Function', bound=Callable[..., Any])
 Side = tuple[Tensor, Tensor, Tensor]
@@ -28,30 +32,50 @@ def has_compiler() -> bool:
     return found
 
 
-def fused(function: Function) -> Function:
-    """A function of tensors, compiled when it is first called: once for each width, for any number of rows (the first dimension)."""
-    @functools.cache
-    def compiled() -> Any:
-        # Without precise casts, a rounding to float16 is optimized away.
-        options = {'emulate_precision_casts': True}
-        return torch.compile(function, dynamic=False, recompile_limit=256, options=options)  # type: ignore[call-overload]
+def fused(rows: int = 1) -> Callable[[Function], Function]:
+    """A function of tensors, compiled when it is first called: once for each width, for any number of rows.
 
-    @functools.wraps(function)
-    def call(x: Tensor, *args: Any) -> Any:
-        if not has_compiler() or not x.shape[0]:
-            return function(x, *args)
-        for each in (x, *args):
-            if isinstance(each, Tensor) and each.ndim == x.ndim and each.shape[0] == x.shape[0]:
-                torch._dynamo.maybe_mark_dynamic(each, 0)
-        return compiled()(x, *args)
+    Args:
+        rows: How many of the arguments, the first ones, have rows; they are the first dimension.
+    """
+    def decorate(function: Function) -> Function:
+        @functools.cache
+        def compiled() -> Any:
+            # Without precise casts, a rounding to float16 is optimized away.
+            options = {'emulate_precision_casts': True}
+            return torch.compile(function, dynamic=False, recompile_limit=256, options=options)  # type: ignore[call-overload]
 
-    return call  # type: ignore[return-value]
+        @functools.wraps(function)
+        def call(x: Tensor, *args: Any) -> Any:
+            if not has_compiler() or not x.shape[0]:
+                return function(x, *args)
+            for each in (x, *args[:rows - 1]):
+                if each is not None:
+                    torch._dynamo.maybe_mark_dynamic(each, 0)
+            return compiled()(x, *args)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
 
 
-@fused
+@fused()
 def encode(x: Tensor, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
     """Codes of rows (rows, channels), uint8; of AdaLog the table's values, float."""
     return _coded(x, change, coder)
+
+
+@fused()
+def encode_normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, change: Change | None,
+                      coder: Uniform | AdaLog) -> Tensor:
+    """Codes of the layer norm of rows, as :func:`encode` gives them."""
+    return _coded(F.layer_norm(x, x.shape[-1:], weight, bias, eps).float(), change, coder)
+
+
+@fused()
+def map_of_normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The layer norm of rows (rows, channels), with channels outermost: (channels, rows)."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps).t().contiguous()
 
 
 def _coded(x: Tensor, change: Change | None, coder: Uniform | AdaLog | Whole) -> Tensor:
@@ -60,32 +84,30 @@ def _coded(x: Tensor, change: Change | None, coder: Uniform | AdaLog | Whole) ->
     return coder.codes(x).to(torch.uint8) if isinstance(coder, Uniform) else coder.integers(x)
 
 
-@fused
-def split_heads(x: Tensor, scale: float, coders: tuple[Uniform, Uniform, Uniform]) -> tuple[Tensor, Tensor, Tensor]:
+@fused()
+def split_heads(x: Tensor, spans: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> tuple[Tensor, ...]:
     """Queries, keys and values as integers.
 
     Args:
-        x: (windows, length, 3, heads, channels).
-        scale: That of the queries.
-        coders: Of queries, keys and values.
+        x: What they are in steps above a zero, uint8, (windows, length, 3, heads, channels).
+        spans: Of each that zero, and the lowest and the highest integer, (heads, 1, 1) or ().
 
     Returns:
-        Each (windows, heads, length, channels).
+        Each (windows, heads, length, channels), float.
     """
-    q, k, v = (part.transpose(1, 2) for part in x.unbind(2))
-    query, key, value = coders
-    return query.integers(q * scale).contiguous(), key.integers(k).contiguous(), value.integers(v).contiguous()
+    parts = zip(x.unbind(2), spans, strict=True)
+    return tuple((part.transpose(1, 2).float() - zero).clamp(low, high).contiguous() for part, (zero, low, high) in parts)
 
 
-@fused
-def softmax(scores: Tensor, scale: Tensor, bias: Tensor | None, regions: Tensor | None, coder: Coder) -> tuple[Tensor, Side | None]:
+@fused(rows=2)
+def softmax(scores: Tensor, regions: Tensor | None, scale: Tensor, bias: Tensor | None, coder: Coder) -> tuple[Tensor, Side | None]:
     """Integers of attention probabilities.
 
     Args:
         scores: Integer products of queries and keys, (windows, heads, length, length).
+        regions: Of each token, (windows, length): those of different regions do not see each other.
         scale: What one is worth, (heads, 1, 1) or ().
         bias: Added, (heads, length, length).
-        regions: Of each token, (windows, length): those of different regions do not see each other.
         coder: Of the probabilities.
     """
     scores = scores * scale
@@ -94,11 +116,13 @@ def softmax(scores: Tensor, scale: Tensor, bias: Tensor | None, regions: Tensor 
     if regions is not None:
         apart = regions[:, None, :, None] != regions[:, None, None, :]
         scores = scores + torch.where(apart, -100.0, 0.0)
-    powers = (scores - scores.amax(-1, keepdim=True)).exp()
-    probabilities = powers * powers.sum(-1, keepdim=True).reciprocal()
+    powers = (scores - scores.amax(-1, keepdim=True)).clamp(min=FARTHEST).exp()
+    share = powers.sum(-1, keepdim=True).reciprocal()
     if isinstance(coder, DeMax):
-        return softmax_side(probabilities, coder)
-    return coder.integers(probabilities), None
+        return softmax_side(powers * share, coder)
+    if isinstance(coder, Uniform):
+        return coder._replace(inverse=coder.inverse * share).integers(powers), None
+    return coder.integers(powers * share), None
 
 
 def softmax_side(x: Tensor, coder: DeMax) -> tuple[Tensor, Side]:
@@ -124,10 +148,9 @@ def softmax_side(x: Tensor, coder: DeMax) -> tuple[Tensor, Side]:
     return codes, (step, maxima, torch.cat(positions, -1))
 
 
-@fused
-def with_maxima(product: Tensor, values: Tensor, side: Side) -> Tensor:
+@fused(rows=5)
+def with_maxima(product: Tensor, values: Tensor, step: Tensor, maxima: Tensor, positions: Tensor) -> Tensor:
     """DeMax's product: codes times values, by the step of the row, and for each maximum the row of values that it gathers."""
-    step, maxima, positions = side
     product = product * step
     for number in range(positions.shape[-1]):
         index = positions[..., number, None].expand(product.shape)
@@ -135,7 +158,7 @@ def with_maxima(product: Tensor, values: Tensor, side: Side) -> Tensor:
     return product
 
 
-@fused
+@fused()
 def merge_heads(x: Tensor, scale: Tensor, change: Change | None, coder: Uniform | AdaLog | Whole) -> Tensor:
     """Codes for what reads the attention's output.
 

@@ -1,6 +1,9 @@
 """Quantized operations as integer products."""
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +12,7 @@ from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from ..quantizers import UniformQuantizer
 from .coders import AdaLog, Change, Coder, DeMax, Uniform, Whole, change, coder
-from .kernels import encode, softmax_side, with_maxima
+from .kernels import encode, encode_normalized, softmax_side, with_maxima
 
 EXACT = 2**24
 """Sums of integers below this are exact in float32, in any order."""
@@ -84,7 +87,7 @@ class IntegerLinear(IntegerOp):
         if has_onednn(weight.device):
             self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
             self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
-            self.register_buffer('weight', weight[:0])
+            self.register_buffer('weight', weight.new_empty(0, weight.shape[1]))
         elif weight.is_cuda and (weight.shape[0] % 8 or weight.shape[1] % 8):
             raise NotImplementedError('torch._int_mm takes sizes on a GPU that 8 divides')
         else:
@@ -101,40 +104,62 @@ class IntegerLinear(IntegerOp):
         """Codes of an input (rows, in), or AdaLog's table values."""
         return encode(x.float(), self.change, self.coder)  # type: ignore[no-any-return]
 
-    def multiply(self, codes: Tensor, gelu: bool = False, coder: Uniform | None = None) -> Tensor:
-        """The output from codes (rows, in).
+    def encode_normalized(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        """:meth:`encode` of a layer norm's output from its input (rows, in)."""
+        return encode_normalized(x, norm.weight, norm.bias, norm.eps, self.change, self.coder)  # type: ignore[no-any-return]
 
-        Args:
-            codes: From :meth:`encode`.
-            gelu: Through GELU.
-            coder: Codes of the output by this coder of one scale; only if :attr:`gives_codes`.
-
-        Returns:
-            (rows, out), float32 or, with a coder, uint8.
-        """
+    def multiply(self, codes: Tensor, gelu: bool = False) -> Tensor:
+        """The output from codes (rows, in), float32, (rows, out); with ``gelu`` through GELU."""
         if not len(codes):
             return self.gain.new_zeros(0, self.out_features)
-        if self.parts > 1:
-            codes = torch.cat([codes] * self.parts, 1)
         at_once = gelu and self.gives_codes
-        if self.packed is None:
-            out = self._plain(codes)
-        else:
-            after = (1.0, 0, torch.float32) if coder is None else (float(coder.scale), int(coder.zero), torch.uint8)
-            out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.offset,
-                                                     *after, 'gelu' if at_once else 'none', [], 'none')
+        out = self._plain(codes) if self.packed is None else self._product(codes, self.gain, self.offset, gelu=at_once)
         if self.excess is not None:
             out = torch.addcmul(out[:, :self.out_features], out[:, self.out_features, None], self.excess)
-        if coder is not None:
-            return out if coder.most == 255 else out.clamp_(max=coder.most)
         return F.gelu(out) if gelu and not at_once else out
+
+    def add_to(self, out: Tensor, codes: Tensor) -> None:
+        """Adds the output from codes (rows, in) to a tensor (rows, out), in place."""
+        if self.gives_codes and out.dtype == torch.float32:
+            torch.ops.onednn.qlinear_pointwise.binary(self._beside(codes), 1.0, self.zero_point, self.packed, self.gain, self.weight_zero,
+                                                      out, self.offset, 1.0, 0, torch.float32, 1.0, 0, 'sum', 1.0, 'none', [], '')
+        else:
+            out.add_(self.multiply(codes))
+
+    def codes_of_gelu(self, codes: Tensor, coder: Uniform) -> Tensor:
+        """Codes of the output through GELU, by a coder of one scale, uint8, (rows, out); only if :attr:`gives_codes`."""
+        out = self._product(codes, self.gain, self.offset, (float(coder.scale), int(coder.zero), torch.uint8), True)
+        return out if coder.most == 255 else out.clamp_(max=coder.most)
+
+    def in_steps(self, factor: Tensor, zero: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function from codes (rows, in) to ``clip(round(factor output + zero), 0, 255)``, uint8, (rows, out).
+
+        Args:
+            factor: Steps that one is worth, (out,).
+            zero: Zero points, (out,).
+        """
+        if self.gives_codes:
+            offset = zero if self.offset is None else torch.addcmul(zero, self.offset, factor)
+            return partial(self._product, gain=self.gain * factor, offset=offset, after=(1.0, 0, torch.uint8))
+        return lambda codes: torch.addcmul(zero, self.multiply(codes), factor).round_().clamp_(0, 255).to(torch.uint8)
+
+    def _product(self, codes: Tensor, gain: Tensor, offset: Tensor | None, after: tuple[float, int, torch.dtype] = (1.0, 0, torch.float32),
+                 gelu: bool = False) -> Tensor:
+        """oneDNN's ``sums gain + offset``, through GELU or not, then in steps of a scale about a zero point."""
+        return torch.ops.onednn.qlinear_pointwise(  # type: ignore[no-any-return]
+            self._beside(codes), 1.0, self.zero_point, self.packed, gain, self.weight_zero, offset, *after, 'gelu' if gelu else 'none', [],
+            'none')
+
+    def _beside(self, codes: Tensor) -> Tensor:
+        """The codes for each part of the weight."""
+        return codes if self.parts == 1 else torch.cat([codes] * self.parts, 1)
 
     def _plain(self, codes: Tensor) -> Tensor:
         """The output without oneDNN."""
         if isinstance(self.coder, AdaLog):
             out = F.linear(codes, self.weight).mul_(self.gain)
         else:
-            out = int_mm(codes, self.weight, self.zero_point, self.sums) * self.gain
+            out = int_mm(self._beside(codes), self.weight, self.zero_point, self.sums) * self.gain
         return out if self.offset is None else out.add_(self.offset)
 
     @property
@@ -251,7 +276,7 @@ class IntegerMatMul(IntegerOp):
         values = self.right.integers(right.float())
         if isinstance(self.left, DeMax):
             codes, side = softmax_side(left.float(), self.left)
-            return (with_maxima(self.multiply(codes, values), values, side) * self.gain).to(left.dtype)
+            return (with_maxima(self.multiply(codes, values), values, *side) * self.gain).to(left.dtype)
         assert not isinstance(self.left, DeMax)
         return (self.multiply(self.left.integers(left.float()), values) * self.gain).to(left.dtype)
 

@@ -31,6 +31,31 @@ def test_range_by_hand():
         assert params['zero_point'].dtype == torch.int32 and params['scale'].dtype == torch.float32
 
 
+def test_symmetric_ranges_by_hand():
+    """As far below zero as above it, which is the code in the middle; the lowest code is left over."""
+    quantizer = UniformQuantizer(4, symmetric=True)
+    for low, high, scale in [(-1, 2, 2 / 7), (-14, 3, 2), (3, 7, 1), (0, 0, 1)]:
+        params = quantizer.range_params(torch.tensor(float(low)), torch.tensor(float(high)))
+        assert params['scale'].item() == pytest.approx(scale, rel=1e-7) and params['zero_point'].item() == 8
+        assert params['zero_point'].dtype == torch.int32
+    quantizer.set(**quantizer.range_params(torch.tensor(-14.0), torch.tensor(3.0)))
+    assert quantizer(torch.tensor([-14.0, -30, 3, 14, 30])).tolist() == [-14, -16, 4, 14, 14]
+    assert UniformQuantizer(2, symmetric=True).range_params(torch.tensor(-1.0), torch.tensor(3.0))['scale'] == 3  # -3, 0 and 3
+    with pytest.raises(ValueError, match='symmetric must be True or False, not 1'):
+        UniformQuantizer(4, symmetric=1)
+
+
+@given(values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=30), axis=st.sampled_from([None, -2]))
+def test_symmetric_integers_of_eight_bits_fit_int8(values, axis):
+    x = torch.tensor([values])
+    quantizer = UniformQuantizer(8, axis=axis, symmetric=True)
+    grid = quantizer.candidates(x, 128)
+    assert (grid.params['zero_point'] == 128).all() and (grid.params['scale'] > 0).all() and len(grid.params['scale']) == 128
+    for column in (grid.params, quantizer.range_params(x.amin(1), x.amax(1))):
+        codes = quantizer.encode(x, scale=column['scale'][-1], zero_point=column['zero_point'][-1]).to(torch.int32) - 128
+        assert codes.min() >= -127 and codes.max() <= 127
+
+
 @pytest.mark.parametrize('bits', range(2, 9))
 @pytest.mark.parametrize(('shape', 'axis'), [((9, 40), None), ((6, 50), -2), ((6, 3, 5, 5), -4), ((2, 3, 11, 9), -3)])
 def test_equals_the_equation(bits, shape, axis):

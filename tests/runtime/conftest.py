@@ -29,7 +29,7 @@ BACKBONES = {
     'timm swin_v2': ('mmseg', dict(STAGES, model_name='swinv2_tiny_window8_256')),
 }
 """Fused ones first; of the others BEiT, EVA and Swin V2 read the weight of their projection themselves."""
-RECIPES = ('minmax_w8a8', 'adalog_w4a4', 'uqvit_w4a4', 'mmptq_w4a4_uniform')
+RECIPES = ('minmax_w8a8', 'minmax_w8a8_symmetric', 'adalog_w4a4', 'uqvit_w4a4', 'mmptq_w4a4_uniform')
 IMAGES = [image(49, 70, seed=seed) for seed in range(2)]
 """No whole number of patches or windows: all is padded."""
 _READY = {}

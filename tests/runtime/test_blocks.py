@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmptq.backbones import find_spec
 from mmptq.runtime import kernels, to_integer
-from mmptq.runtime.blocks import IntegerBlock, shifted, whole
+from mmptq.runtime.blocks import IntegerBlock, MapNorm, shifted, whole
 
 from ..conftest import image
 from .conftest import BACKBONES, IMAGES, RECIPES, ready
@@ -130,16 +130,48 @@ def test_a_vision_transformer_has_one_window():
 
 
 @torch.no_grad()
+def test_maps_need_no_copy(uncompiled):
+    """What a Swin returns is contiguous without its own transposition, for one image and for more."""
+    for name in ('mmdet swin', 'mmseg swin'):
+        backbone, fused = ready(name), ready(name)
+        to_integer(fused)
+        norms = [module for module in fused.modules() if isinstance(module, MapNorm)]
+        assert len(norms) == len(backbone.out_indices)
+        for count in (1, 3):
+            tokens = torch.randn(count, 35, norms[0].norm.normalized_shape[0])
+            normed = norms[0](tokens)
+            torch.testing.assert_close(normed, norms[0].norm(tokens))
+            assert normed.transpose(1, 2).is_contiguous() and normed.view(count, 5, 7, -1).permute(0, 3, 1, 2).is_contiguous()
+
+
+@torch.no_grad()
+def test_halves_round_as_in_the_simulation(uncompiled):
+    """A key that lies between two codes: about an odd zero point it would go to the upper one, about an even one as about zero."""
+    backbone = ready('mmdet swin', 'uqvit_w4a4')
+    to_integer(backbone)
+    block = next(module for module in backbone.modules() if isinstance(module, IntegerBlock))
+    for (zero, low, high), coder in zip(block.spans, (block.qk.left, block.qk.right, block.pv.right), strict=True):
+        assert (zero % 2 == 0).all() and torch.equal(low, -coder.zero) and torch.equal(high, coder.most - coder.zero)
+        for half in (0.5, 1.5, -2.5):
+            expected = torch.round(torch.tensor(half)).clamp(low, high)
+            step = torch.round(half + zero).clamp(0, 255).to(torch.uint8)
+            assert torch.equal((step.float() - zero).clamp(low, high), expected)
+
+
+@torch.no_grad()
 def test_compiled_it_is_the_same_as_not(monkeypatch):
     """A Swin that is really compiled, on sizes that it was not compiled for."""
     if not any(kernels.shutil.which(name) for name in ('g++', 'clang++')):
         pytest.skip('needs a C++ compiler')
     backbone = ready('mmdet swin', 'uqvit_w4a4')
-    calls = [block_calls(backbone, x) for x in (IMAGES[0], image(33, 60), torch.cat(IMAGES))]
+    calls = [block_calls(backbone, x) for x in (IMAGES[0], torch.cat(IMAGES), image(33, 60), image(60, 100))]
     to_integer(backbone)
+    graphs = []
     for each in calls:
+        graphs.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
         for block, (args, kwargs, _) in each.items():
             with monkeypatch.context() as patch:
                 patch.setattr(kernels, 'has_compiler', lambda: False)
                 plain = first(backbone.get_submodule(block)(*args, **kwargs))
             assert agree(first(backbone.get_submodule(block)(*args, **kwargs)), plain, args[0]), block
+    assert graphs[0] < graphs[1] == graphs[3]  # a size of images is not compiled for

@@ -15,6 +15,7 @@ from mmptq.quantizers import DeMaxQuantizer
 from mmptq.quantizers.base import Float
 from mmptq.quantizers.demax import product
 from mmptq.runtime import kernels, ops
+from mmptq.runtime.coders import Uniform
 from mmptq.runtime.ops import IntegerConv2d, IntegerLinear, IntegerMatMul, int8_parts, int_mm
 
 from ..conftest import adalog, covering, equip, rescaled
@@ -211,6 +212,40 @@ def test_layers_are_those_of_the_simulation(kind, width, bias, monkeypatch):
             near(layer(x), op(x))
             near(layer.multiply(layer.encode(x[0]), gelu=True), nn.functional.gelu(op(x[0])))
             monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
+
+
+@pytest.mark.parametrize('onednn', [False, pytest.param(True, marks=needs_vnni)])
+@pytest.mark.parametrize('inner, out, weight_zero', [(6, 9, 8), (6, 9, 200), (9, 6, 200)])
+def test_what_becomes_of_sums_in_the_same_call(inner, out, weight_zero, onednn, monkeypatch):
+    """Steps about a zero point, codes of GELU, and addition, against numpy; one weight, one of two parts, one with sums of the codes."""
+    if not onednn:
+        monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
+    generator = np.random.default_rng(inner)
+    x, weight = numbers(generator, 8, 40, inner), weights(generator, [weight_zero] * out, 8, out, inner)
+    op = linear(weight, [weight_zero] * out, 8, 100, 8)
+    op.bias = nn.Parameter(torch.linspace(-50, 50, out))
+    layer = IntegerLinear(op)
+    codes = layer.encode(tensor(x))
+    expected = integers(x, 100, 8) @ weight.T + op.bias.detach().double().numpy()
+    spread = np.abs(expected).max(0)
+    factor, zero = 200 / spread, np.arange(out) * 20.0
+    steps = layer.in_steps(torch.tensor(factor).float(), torch.tensor(zero).float())(codes).numpy()
+    wanted = expected * factor + zero
+    clear = np.abs(wanted - np.floor(wanted) - 0.5) > 1e-3
+    assert clear.mean() > 0.9 and len(np.unique(steps)) > 40 and steps.dtype == np.uint8
+    np.testing.assert_array_equal(steps[clear], np.clip(np.round(wanted), 0, 255)[clear])
+    total = torch.full((41, out), 3.0)
+    layer.add_to(total[1:], codes)
+    np.testing.assert_allclose(total.detach().numpy(), np.concatenate([np.full((1, out), 3.0), expected + 3]), rtol=1e-5, atol=1e-3)
+    double = torch.zeros(40, out, dtype=torch.float64)
+    layer.add_to(double, codes)
+    np.testing.assert_allclose(double.detach().numpy(), expected, rtol=1e-5, atol=1e-3)
+    if layer.gives_codes:
+        scale, levels = float(spread.max()) / 12, 16
+        coder = Uniform(torch.tensor(1 / scale), torch.tensor(2.0), levels - 1, torch.tensor(scale))
+        wanted = torch.nn.functional.gelu(torch.tensor(expected)).numpy() / scale
+        clear = np.abs(wanted - np.floor(wanted) - 0.5) > 1e-3
+        np.testing.assert_array_equal(layer.codes_of_gelu(codes, coder).numpy()[clear], np.clip(np.round(wanted) + 2, 0, 15)[clear])
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
