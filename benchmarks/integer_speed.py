@@ -2,11 +2,13 @@
 
     python benchmarks/integer_speed.py [--rounds 7] [--size 800 1216] [--recipes uqvit_w4a4_fast ...] [--json FILE]
 
-The backbone of a stock Mask R-CNN Swin-T, batch 1; the whole detector, its backbone in integers; a whole UperNet DeiT-T of 512x512, scope
-`model`. Weights and images are random, so that only time and memory are measured; the random detector finds nothing, and its mask head
-does not run. ONNX Runtime (static INT8, Q/DQ, per channel) and OpenVINO (NNCF, model_type TRANSFORMER, its default precision of what is
-not INT8) quantize the same backbone on the same image; each is left out where it is not installed (pip install openvino nncf). Memory is
-what a process needs more for a model and its forward pass than before it had either.
+The backbone of a stock Mask R-CNN Swin-T, batch 1; the whole detector, in integers its backbone (scope `backbone`) or all of it (`model`);
+a whole UperNet DeiT-T of 512x512, scope `model`. Weights and images are random, so that only time and memory are measured; the random
+detector finds nothing, and its mask head does not run. ONNX Runtime (static INT8, Q/DQ, per channel) and OpenVINO (NNCF, model_type
+TRANSFORMER, its default precision of what is not INT8) quantize the same backbone on the same image; each is left out where it is not
+installed (pip install openvino nncf). As theirs, the weights of W8A8 are symmetric. Memory is what a process needs more for a model and its
+forward pass than before it had either; its allocator gives freed memory back at once (MALLOC_MMAP_THRESHOLD_), so that tensors are counted
+and not what calibration left behind.
 """
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ import copy
 import gc
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -40,7 +43,8 @@ from mmptq.runtime import to_integer
 DETECTOR = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py'
 SEGMENTOR = 'mmseg::vit/vit_deit-s16_mln_upernet_8xb2-160k_ade20k-512x512.py'
 DEIT_TINY = dict(embed_dims=192, num_heads=3)
-W8A8, W4A4 = 'minmax_w8a8', 'minmax_w4a4'
+W8A8, W4A4 = 'minmax_w8a8_symmetric', 'minmax_w4a4'
+RECIPES = W8A8, 'minmax_w8a8', W4A4
 
 
 class Noise:
@@ -132,6 +136,7 @@ def openvino_int8(x: Tensor, folder: Path) -> Callable[[], Any]:
 def memory(side: str, size: tuple[int, int]) -> None:
     """Prints what a model and its forward pass need, MiB: for a process of its own."""
     torch.compile(torch.neg)(torch.ones(2))
+    built('mmdet', (64, 64), None)  # imports
     gc.collect()
     x = image(size)
     before = Peak(torch.device('cpu')).mib()
@@ -149,7 +154,8 @@ def memory(side: str, size: tuple[int, int]) -> None:
 def peak_memory(side: str, size: tuple[int, int]) -> float:
     """MiB, measured in a process of its own."""
     command = [sys.executable, '-W', 'ignore', __file__, '--memory', side, '--size', *map(str, size)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    env = os.environ | {'MALLOC_MMAP_THRESHOLD_': str(2**16)}
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.split()[-1])
 
 
 @torch.no_grad()
@@ -167,12 +173,14 @@ def main() -> None:
         return
     logging.getLogger('nncf').setLevel(logging.ERROR)
     x = image(size)
-    detectors = {'float32': built('mmdet', size, None), **{name: built('mmdet', size, name) for name in (W8A8, W4A4, *options.recipes)}}
+    detectors = {'float32': built('mmdet', size, None), **{name: built('mmdet', size, name) for name in (*RECIPES, *options.recipes)}}
     segmentors = {'float32': built('mmseg', small, None), W8A8: built('mmseg', small, W8A8, 'model')}
     float_backbone = copy.deepcopy(detectors['float32'].backbone)
     paths = {name: to_integer(model.backbone) for name, model in detectors.items() if name != 'float32'}
     paths['segmentor'] = to_integer(segmentors[W8A8])
     sides: dict[str, Callable[[], Any]] = {f'backbone {name}': partial(model.backbone, x) for name, model in detectors.items()}
+    wholes = {'float32': detectors['float32'], f'{W8A8}, backbone': detectors[W8A8], W8A8: built('mmdet', size, W8A8, 'model')}
+    paths['detector'] = to_integer(wholes[W8A8])
     missing = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.onnx.export(float_backbone, (x,), f'{folder}/float.onnx', dynamo=False, opset_version=17, input_names=['x'])
@@ -181,11 +189,11 @@ def main() -> None:
                 sides[f'backbone {name} int8'] = make(x, Path(folder))
             except ImportError as error:
                 missing[name] = str(error)
-    for package, models, shape in (('mmdet', detectors, size), ('mmseg', segmentors, small)):
+    for package, models, shape in (('mmdet', wholes, size), ('mmseg', segmentors, small)):
         batch = dict(inputs=[Noise(package, shape).item['inputs']], data_samples=[Noise(package, shape).item['data_samples']])
         title = 'detector' if package == 'mmdet' else 'segmentor'
-        for name in ('float32', W8A8):
-            sides[f'{title} {name}'] = partial(models[name].test_step, batch)
+        for name, model in models.items():
+            sides[f'{title} {name}'] = partial(model.test_step, batch)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(options.rounds + 2):
         for name, run in sides.items():
@@ -202,7 +210,8 @@ def main() -> None:
             for name, values in seconds.items()]
     mib = {name: peak_memory(name, size) for name in ('float32', W4A4)}
     about = dict(
-        scope='backbone; segmentor: model', size=size, batch=1, calibration='the image itself, of random noise', rounds=options.rounds,
+        scope='backbone; detector, segmentor: model where not said', size=size, batch=1,
+        calibration='the image itself, of random noise', rounds=options.rounds,
         bits={name: load_recipe(name)['bits'] for name in detectors if name != 'float32'}, missing=missing,
         paths={name: {path: list(found.values()).count(path) for path in found.values()} for name, found in paths.items()},
         speedup_w8a8_vs_float32=speedup(f'backbone {W8A8}', 'backbone float32'),

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .coders import Uniform
-from .kernels import map_of_normalized, merge_heads, softmax, split_heads, with_maxima
+from .coders import DeMax, Uniform
+from .kernels import Attention, attend, attend_at_once, map_of_normalized
 from .ops import IntegerLinear, IntegerMatMul
 
 PIECE = 2**22
@@ -92,7 +92,6 @@ class IntegerBlock(nn.Module):
         NotImplementedError: If one of these is not what a fused block is written for.
     """
 
-    bias: Tensor | None
     padding: Tensor
 
     def __init__(self, norm1: nn.LayerNorm, qkv: IntegerLinear, qk: IntegerMatMul, pv: IntegerMatMul, proj: IntegerLinear,
@@ -107,13 +106,13 @@ class IntegerBlock(nn.Module):
         self.norm1, self.qkv, self.qk, self.pv, self.proj = norm1, qkv, qk, pv, proj
         self.norm2, self.fc1, self.act, self.fc2 = norm2, fc1, act, fc2
         self.heads, self.window = heads, window
-        self.register_buffer('bias', bias)
         coders: Any = (qk.left, qk.right, pv.right)
         # About an even number halves round as about zero; codes of 8 bits have no room for one more.
         zeros = [coder.zero if coder.most == 255 else coder.zero + coder.zero % 2 for coder in coders]
-        self.spans = tuple((zero, -coder.zero, coder.most - coder.zero) for zero, coder in zip(zeros, coders, strict=True))
+        spans = tuple((zero, -coder.zero, coder.most - coder.zero) for zero, coder in zip(zeros, coders, strict=True))
         factors = [coder.inverse * factor for coder, factor in zip(coders, (scale, 1, 1), strict=True)]
-        self.heads_codes = qkv.in_steps(self._each_output(factors), self._each_output(zeros))
+        self.heads_steps = qkv.in_steps(self._each_output(factors), self._each_output(zeros))
+        self.attention = Attention(spans, qk.gain, bias, pv.left, pv.gain, (qk.held, pv.held), proj.change, proj.coder)
         self.register_buffer('padding', qkv.encode(qkv.gain.new_zeros(2, qkv.in_features))[:1])
         self.windows: dict[tuple[int, int], Windows] = {}
 
@@ -153,14 +152,12 @@ class IntegerBlock(nn.Module):
     def _attend(self, codes: Tensor, regions: Tensor | None) -> Tensor:
         """Codes for the projection, (windows, length, channels), from codes for queries, keys and values."""
         count, length, channels = codes.shape
-        projected = self.heads_codes(codes.view(-1, channels)).view(count, length, 3, self.heads, -1)
-        queries, keys, values = split_heads(projected, self.spans)
-        scores = self.qk.multiply(queries, keys.transpose(-1, -2))
-        probabilities, side = softmax(scores, regions, self.qk.gain, self.bias, self.pv.left)
-        product = self.pv.multiply(probabilities, values)
-        if side is not None:
-            product = with_maxima(product, values, *side)
-        return merge_heads(product, self.pv.gain, self.proj.change, self.proj.coder)
+        steps = self.heads_steps(codes.view(-1, channels)).view(count, length, 3, self.heads, -1)
+        if self.window is None:
+            torch._dynamo.maybe_mark_dynamic(steps, 1)  # a window's length is the same for all images
+        elif isinstance(self.attention.probabilities, DeMax):
+            return attend(steps, regions, self.attention)
+        return attend_at_once(steps, regions, self.attention)
 
     def _feed_forward(self, x: Tensor) -> None:
         """Adds ``ffn(norm2(x))`` to x, (tokens, channels)."""

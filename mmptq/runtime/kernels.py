@@ -6,13 +6,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coders import AdaLog, Change, Coder, DeMax, Uniform, Whole
+from .coders import AdaLog, Change, Coder, DeMax, Uniform
 
 FARTHEST = -80.0
 """Of a score from the largest: exp of less has denormal numbers, which take a CPU many times as long, and no quantizer sees them."""
@@ -47,7 +47,7 @@ def fused(rows: int = 1) -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def call(x: Tensor, *args: Any) -> Any:
-            if not has_compiler() or not x.shape[0]:
+            if torch.compiler.is_compiling() or not has_compiler() or not x.shape[0]:  # part of a larger one
                 return function(x, *args)
             for each in (x, *args[:rows - 1]):
                 if each is not None:
@@ -78,10 +78,67 @@ def map_of_normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).t().contiguous()
 
 
-def _coded(x: Tensor, change: Change | None, coder: Uniform | AdaLog | Whole) -> Tensor:
+def _coded(x: Tensor, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
     if change is not None:
         x = x * change.factor - change.shift
     return coder.codes(x).to(torch.uint8) if isinstance(coder, Uniform) else coder.integers(x)
+
+
+class Attention(NamedTuple):
+    """What an attention computes between its layers.
+
+    Attributes:
+        spans: Of queries, keys and values the zero that their steps are counted from, and the lowest and the highest integer, (heads, 1, 1)
+            or () each.
+        scale: What one of the integer scores is worth, (heads, 1, 1) or ().
+        bias: Added to the scores, (heads, length, length).
+        probabilities: Their coder.
+        gain: What one of the integer sums of values is worth, (heads, 1, 1) or ().
+        held: Columns whose sums float32 holds, of both products.
+        change: Before the coder of the output.
+        output: The coder of the next layer's input.
+    """
+
+    spans: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    scale: Tensor
+    bias: Tensor | None
+    probabilities: Coder
+    gain: Tensor
+    held: tuple[int, int]
+    change: Change | None
+    output: Uniform | AdaLog
+
+
+def attend(x: Tensor, regions: Tensor | None, attention: Attention) -> Tensor:
+    """Codes for the layer after an attention, from the steps of queries, keys and values.
+
+    Args:
+        x: uint8, (windows, length, 3, heads, channels).
+        regions: Of each token, (windows, length): those of different regions do not see each other.
+        attention: Its parameters.
+
+    Returns:
+        (windows, length, heads * channels), uint8; of AdaLog float.
+    """
+    queries, keys, values = split_heads(x, attention.spans)
+    scores = integer_product(queries, keys.transpose(-1, -2), attention.held[0])
+    probabilities, side = softmax(scores, regions, attention.scale, attention.bias, attention.probabilities)
+    product = integer_product(probabilities, values, attention.held[1])
+    if side is not None:
+        product = with_maxima(product, values, *side)
+    return merge_heads(product, attention.gain, attention.change, attention.output)
+
+
+attend_at_once = fused(rows=2)(attend)
+""":func:`attend` compiled as one; then the rows of DeMax's windows would be read from memory again and again."""
+
+
+def integer_product(left: Tensor, right: Tensor, held: int) -> Tensor:
+    """The product of integers (..., rows, inner) and (..., inner, columns), in float32, of which it holds sums of so many columns."""
+    if left.shape[-1] <= held:
+        return left @ right
+    pairs = zip(left.split(held, -1), right.split(held, -2), strict=True)
+    return torch.stack([(a @ b).to(torch.int32) for a, b in pairs]).sum(0, dtype=torch.int32).to(left.dtype)
 
 
 @fused()
@@ -89,8 +146,8 @@ def split_heads(x: Tensor, spans: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> 
     """Queries, keys and values as integers.
 
     Args:
-        x: What they are in steps above a zero, uint8, (windows, length, 3, heads, channels).
-        spans: Of each that zero, and the lowest and the highest integer, (heads, 1, 1) or ().
+        x: Their steps, uint8, (windows, length, 3, heads, channels).
+        spans: See :class:`Attention`.
 
     Returns:
         Each (windows, heads, length, channels), float.
@@ -159,17 +216,7 @@ def with_maxima(product: Tensor, values: Tensor, step: Tensor, maxima: Tensor, p
 
 
 @fused()
-def merge_heads(x: Tensor, scale: Tensor, change: Change | None, coder: Uniform | AdaLog | Whole) -> Tensor:
-    """Codes for what reads the attention's output.
-
-    Args:
-        x: Integer products of probabilities and values, (windows, heads, length, channels).
-        scale: What one is worth, (heads, 1, 1) or ().
-        change: Before the coder.
-        coder: Of the next layer's input.
-
-    Returns:
-        (windows, length, heads * channels), uint8; of AdaLog and float input float.
-    """
-    x = (x * scale).transpose(1, 2)
+def merge_heads(x: Tensor, gain: Tensor, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
+    """Codes of an attention's output, (windows, length, heads * channels), from integer sums (windows, heads, length, channels)."""
+    x = (x * gain).transpose(1, 2)
     return _coded(x.reshape(x.shape[0], x.shape[1], -1), change, coder)

@@ -1,6 +1,7 @@
 """Quantized operations as integer products."""
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -12,7 +13,7 @@ from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from ..quantizers import UniformQuantizer
 from .coders import AdaLog, Change, Coder, DeMax, Uniform, Whole, change, coder
-from .kernels import encode, encode_normalized, softmax_side, with_maxima
+from .kernels import encode, encode_normalized, integer_product, softmax_side, with_maxima
 
 EXACT = 2**24
 """Sums of integers below this are exact in float32, in any order."""
@@ -252,6 +253,8 @@ class IntegerMatMul(IntegerOp):
         if not isinstance(self.right, Uniform) or isinstance(self.left, Whole):
             raise NotImplementedError(f'a product of {type(self.left).__name__} and {type(self.right).__name__} operands')
         exact = isinstance(self.left, Uniform | DeMax)
+        # Products of AdaLog's table values with integers are exact, and their sums are not.
+        self.held = int((EXACT - 1) // max(1.0, self._largest(self.left) * self.right.largest)) if exact else sys.maxsize
         self.path = 'integers, exact in float32' if exact else 'AdaLog table values times integers, in float32'
 
     @property
@@ -260,25 +263,15 @@ class IntegerMatMul(IntegerOp):
         assert isinstance(self.right, Uniform)
         return self.right.scale if isinstance(self.left, DeMax) else self.left.scale * self.right.scale  # type: ignore[union-attr]
 
-    def multiply(self, left: Tensor, right: Tensor) -> Tensor:
-        """The product of integers (..., heads, rows, inner) and (..., heads, inner, columns)."""
-        if isinstance(self.left, AdaLog):
-            return left @ right
-        held = int((EXACT - 1) // max(1.0, self._largest(self.left) * self._largest(self.right)))  # columns whose sums float32 holds
-        if left.shape[-1] <= held:
-            return left @ right
-        pairs = zip(left.split(held, -1), right.split(held, -2), strict=True)
-        return torch.stack([(a @ b).to(torch.int32) for a, b in pairs]).sum(0, dtype=torch.int32).to(left.dtype)
-
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """The product, in the dtype of the left operand."""
         assert isinstance(self.right, Uniform)
         values = self.right.integers(right.float())
         if isinstance(self.left, DeMax):
             codes, side = softmax_side(left.float(), self.left)
-            return (with_maxima(self.multiply(codes, values), values, *side) * self.gain).to(left.dtype)
+            return (with_maxima(integer_product(codes, values, self.held), values, *side) * self.gain).to(left.dtype)
         assert not isinstance(self.left, DeMax)
-        return (self.multiply(self.left.integers(left.float()), values) * self.gain).to(left.dtype)
+        return (integer_product(self.left.integers(left.float()), values, self.held) * self.gain).to(left.dtype)
 
     @staticmethod
     def _largest(coder: Coder) -> float:

@@ -150,7 +150,7 @@ def test_halves_round_as_in_the_simulation(uncompiled):
     backbone = ready('mmdet swin', 'uqvit_w4a4')
     to_integer(backbone)
     block = next(module for module in backbone.modules() if isinstance(module, IntegerBlock))
-    for (zero, low, high), coder in zip(block.spans, (block.qk.left, block.qk.right, block.pv.right), strict=True):
+    for (zero, low, high), coder in zip(block.attention.spans, (block.qk.left, block.qk.right, block.pv.right), strict=True):
         assert (zero % 2 == 0).all() and torch.equal(low, -coder.zero) and torch.equal(high, coder.most - coder.zero)
         for half in (0.5, 1.5, -2.5):
             expected = torch.round(torch.tensor(half)).clamp(low, high)
@@ -158,12 +158,13 @@ def test_halves_round_as_in_the_simulation(uncompiled):
             assert torch.equal((step.float() - zero).clamp(low, high), expected)
 
 
+@pytest.mark.parametrize('family, recipe', [('mmdet swin', 'uqvit_w4a4'), ('mmdet swin', 'minmax_w8a8'), ('mmseg vit', 'uqvit_w4a4')])
 @torch.no_grad()
-def test_compiled_it_is_the_same_as_not(monkeypatch):
-    """A Swin that is really compiled, on sizes that it was not compiled for."""
+def test_compiled_it_is_the_same_as_not(family, recipe, monkeypatch):
+    """Blocks that are really compiled, on sizes that they were not compiled for."""
     if not any(kernels.shutil.which(name) for name in ('g++', 'clang++')):
         pytest.skip('needs a C++ compiler')
-    backbone = ready('mmdet swin', 'uqvit_w4a4')
+    backbone = ready(family, recipe)
     calls = [block_calls(backbone, x) for x in (IMAGES[0], torch.cat(IMAGES), image(33, 60), image(60, 100))]
     to_integer(backbone)
     graphs = []
