@@ -41,8 +41,9 @@ def ranged(quantizer: Quantizer, x: Tensor) -> None:
 
 
 def calibrated(op: QuantOp, roles: dict[str, Tensor], axes: dict[str, int], bits: int) -> QuantOp:
-    """An operation with uniform quantizers of the ranges of its operands."""
-    op.set_quantizers(dict.fromkeys(roles, 'linear'), {role: UniformQuantizer(bits, axis=axes.get(role)) for role in roles})
+    """An operation with uniform quantizers of the ranges of its operands, of weights symmetric ones."""
+    op.set_quantizers(dict.fromkeys(roles, 'linear'), {
+        role: UniformQuantizer(bits, axis=axes.get(role), symmetric=role == 'weight') for role in roles})
     for role, x in roles.items():
         ranged(op.quantizer(role), x)
     return op.eval()

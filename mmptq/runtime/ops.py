@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from ..quantizers import UniformQuantizer
+from ..quantizers.base import in_chunks
 from .coders import AdaLog, Change, Coder, DeMax, Uniform, Whole, change, coder
 from .kernels import encode, encode_normalized, integer_product, softmax_side, with_maxima
 
@@ -266,17 +267,22 @@ class IntegerMatMul(IntegerOp):
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """The product, in the dtype of the left operand."""
         assert isinstance(self.right, Uniform)
-        values = self.right.integers(right.float())
+        values = _integers(self.right, right)
         if isinstance(self.left, DeMax):
             codes, side = softmax_side(left.float(), self.left)
             return (with_maxima(integer_product(codes, values, self.held), values, *side) * self.gain).to(left.dtype)
         assert not isinstance(self.left, DeMax)
-        return (integer_product(self.left.integers(left.float()), values, self.held) * self.gain).to(left.dtype)
+        return (integer_product(_integers(self.left, left), values, self.held) * self.gain).to(left.dtype)
 
     @staticmethod
     def _largest(coder: Coder) -> float:
         assert isinstance(coder, Uniform | DeMax)
         return coder.largest if isinstance(coder, Uniform) else float(coder.most)
+
+
+def _integers(coder: Uniform | AdaLog | Whole, x: Tensor) -> Tensor:
+    """A coder's integers, by pieces that stay in the cache."""
+    return in_chunks(lambda piece, out: out.copy_(coder.integers(piece)), x.float())
 
 
 def input_coder(op: QuantOp) -> Uniform | AdaLog:
