@@ -30,7 +30,8 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
         How each operation runs, by name; ``simulated: REASON`` where it stays as it was.
 
     Raises:
-        QuantizationError: If the model has no quantized operations, is not calibrated, in training mode, or on several devices.
+        QuantizationError: If the model has no quantized operations, is not calibrated, in training mode, not in float32, or on several
+            devices.
     """
     ops = {name: op for name, op in model.named_modules() if isinstance(op, QuantOp)}
     _check(model, ops)
@@ -69,6 +70,9 @@ def _check(model: nn.Module, ops: dict[str, QuantOp]) -> None:
                                 '(mmptq quantize)')
     if model.training:
         raise QuantizationError('the model is in training mode; call its eval() first')
+    others = {str(value.dtype) for value in model.parameters() if value.is_floating_point()} - {'torch.float32'}
+    if others:
+        raise QuantizationError(f'the model has parameters of {", ".join(sorted(others))}; integers need float32: call its float() first')
     devices = {str(value.device) for value in (*model.parameters(), *model.buffers()) if value.numel()}
     if len(devices) > 1:
         raise QuantizationError(f'the model is on several devices: {", ".join(sorted(devices))}; move it to one first')

@@ -154,3 +154,11 @@ def test_a_batch_is_its_images_and_needs_no_no_grad(family):
     for number in range(2):
         for whole, single in zip(outputs, backbone(images[number:number + 1]), strict=True):
             torch.testing.assert_close(whole[number], single[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float64])
+def test_a_model_that_is_not_in_float32_is_refused(dtype):
+    backbone = ready('mmseg vit').to(dtype)
+    with pytest.raises(QuantizationError, match=rf'parameters of {dtype}; integers need float32: call its float\(\) first'):
+        to_integer(backbone)
+    to_integer(backbone.float())
