@@ -15,7 +15,7 @@ from torch import Tensor
 from .coders import AdaLog, Change, Coder, DeMax, Uniform
 
 FARTHEST = -80.0
-"""Of a score from the largest: exp of less has denormal numbers, which take a CPU many times as long, and no quantizer sees them."""
+"""Of a score from the largest: exp of less has denormal numbers, which take a CPU many times as long; beside 1 they are nothing."""
 
 Function = TypeVar('Function', bound=Callable[..., Any])
 Side = tuple[Tensor, Tensor, Tensor]

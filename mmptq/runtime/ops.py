@@ -281,8 +281,8 @@ class IntegerMatMul(IntegerOp):
 
 
 def _integers(coder: Uniform | AdaLog | Whole, x: Tensor) -> Tensor:
-    """A coder's integers, by pieces that stay in the cache."""
-    return in_chunks(lambda piece, out: out.copy_(coder.integers(piece)), x.float())
+    """A coder's integers, by pieces of the first dimension that stay in the cache; whole if its parameters lie along that."""
+    return in_chunks(lambda piece, out: out.copy_(coder.integers(piece)), x.float(), split=coder.scale.ndim < x.ndim)
 
 
 def input_coder(op: QuantOp) -> Uniform | AdaLog:

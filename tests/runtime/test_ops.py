@@ -12,7 +12,7 @@ from torch import nn
 from mmptq import QuantizationError
 from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Rescale
 from mmptq.quantizers import DeMaxQuantizer
-from mmptq.quantizers.base import Float
+from mmptq.quantizers.base import CHUNK, Float
 from mmptq.quantizers.demax import product
 from mmptq.runtime import kernels, ops
 from mmptq.runtime.coders import Uniform
@@ -148,6 +148,14 @@ def test_the_sums_of_products_with_parameters_per_head_are_exact(data, left_bits
                right=whole(1, zeros[1].ravel(), right_bits, axis=-3))
     sums = integers(left, zeros[0], left_bits) @ integers(right, zeros[1], right_bits)
     np.testing.assert_array_equal(IntegerMatMul(op)(tensor(left * scale), tensor(right)).numpy(), no_more_than_float32_holds(sums) * scale)
+
+
+def test_parameters_along_the_first_dimension():
+    """Heads without a batch, too many values for one piece."""
+    op = equip(QuantMatMul(), left=whole([1, 2, 4], [7, 8, 9], 4, axis=-3), right=whole([1, 0.5, 2], [8, 3, 0], 4, axis=-3))
+    left, right = torch.randn(3, 300, 200) * 5, torch.randn(3, 200, 150) * 5
+    assert left.numel() > CHUNK < right.numel()
+    near(IntegerMatMul(op)(left, right), op(left, right))
 
 
 def test_long_rows_are_exact():
