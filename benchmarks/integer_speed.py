@@ -6,7 +6,8 @@ The backbone of a stock Mask R-CNN Swin-T, batch 1; the whole detector, in integ
 a whole UperNet DeiT-T of 512x512, scope `model`. Weights and images are random, so that only time and memory are measured; the random
 detector finds nothing, and its mask head does not run. ONNX Runtime (static INT8, Q/DQ, per channel) and OpenVINO (NNCF, model_type
 TRANSFORMER, its default precision of what is not INT8) quantize the same backbone on the same image; each is left out where it is not
-installed (pip install openvino nncf). As theirs, the weights of W8A8 are symmetric. Memory is what a process needs more for a model and its
+installed (pip install openvino nncf). As theirs, the weights of W8A8 are symmetric. A second time OpenVINO is told to compute in float32 what
+is not INT8, as torch does. torch's sides run with its own switch for huge pages, THP_MEM_ALLOC_ENABLE=1. Memory is what a process needs more for a model and its
 forward pass than before it had either; its allocator gives freed memory back at once (MALLOC_MMAP_THRESHOLD_), so that tensors are counted
 and not what calibration left behind.
 """
@@ -26,6 +27,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # read at torch's first allocation
 
 import torch
 from common import parser, report
@@ -121,14 +124,14 @@ def onnxruntime_int8(x: Tensor, folder: Path) -> Callable[[], Any]:
     return lambda: session.run(None, {'x': x.numpy()})
 
 
-def openvino_int8(x: Tensor, folder: Path) -> Callable[[], Any]:
+def openvino_int8(x: Tensor, folder: Path, **options: str) -> Callable[[], Any]:
     """OpenVINO's INT8, quantized by NNCF."""
     import nncf
     import openvino
     quantized = nncf.quantize(openvino.convert_model(folder / 'float.onnx'), nncf.Dataset([x.numpy()]), subset_size=1,
                               model_type=nncf.ModelType.TRANSFORMER)
     compiled = openvino.Core().compile_model(quantized, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads(),
-                                                                'PERFORMANCE_HINT': 'LATENCY'})
+                                                                'PERFORMANCE_HINT': 'LATENCY', **options})
     request = compiled.create_infer_request()
     return lambda: request.infer({0: x.numpy()})
 
@@ -154,7 +157,7 @@ def memory(side: str, size: tuple[int, int]) -> None:
 def peak_memory(side: str, size: tuple[int, int]) -> float:
     """MiB, measured in a process of its own."""
     command = [sys.executable, '-W', 'ignore', __file__, '--memory', side, '--size', *map(str, size)]
-    env = os.environ | {'MALLOC_MMAP_THRESHOLD_': str(2**16)}
+    env = os.environ | {'MALLOC_MMAP_THRESHOLD_': str(2**16), 'THP_MEM_ALLOC_ENABLE': '0'}
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.split()[-1])
 
 
@@ -184,9 +187,10 @@ def main() -> None:
     missing = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.onnx.export(float_backbone, (x,), f'{folder}/float.onnx', dynamo=False, opset_version=17, input_names=['x'])
-        for name, make in (('onnxruntime', onnxruntime_int8), ('openvino', openvino_int8)):
+        for name, make in (('onnxruntime int8', onnxruntime_int8), ('openvino int8', openvino_int8),
+                           ('openvino int8, else float32', partial(openvino_int8, INFERENCE_PRECISION_HINT='f32'))):
             try:
-                sides[f'backbone {name} int8'] = make(x, Path(folder))
+                sides[f'backbone {name}'] = make(x, Path(folder))
             except ImportError as error:
                 missing[name] = str(error)
     for package, models, shape in (('mmdet', wholes, size), ('mmseg', segmentors, small)):
@@ -218,6 +222,7 @@ def main() -> None:
         speedup_w4a4_vs_float32=speedup(f'backbone {W4A4}', 'backbone float32'),
         speedup_w8a8_vs_onnxruntime=speedup(f'backbone {W8A8}', 'backbone onnxruntime int8'),
         speedup_w8a8_vs_openvino=speedup(f'backbone {W8A8}', 'backbone openvino int8'),
+        speedup_w8a8_vs_openvino_float32=speedup(f'backbone {W8A8}', 'backbone openvino int8, else float32'),
         speedup_detector_w8a8_vs_float32=speedup(f'detector {W8A8}', 'detector float32'),
         speedup_segmentor_w8a8_vs_float32=speedup(f'segmentor {W8A8}', 'segmentor float32'),
         peak_memory_mib=mib, peak_memory_w4a4_of_float32=mib[W4A4] / mib['float32'])

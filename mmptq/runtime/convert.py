@@ -12,8 +12,12 @@ from ..backbones.convert import replace_modules
 from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from ..quantizers import Quantizer
-from .blocks import IntegerMerging, fused_forms, is_merging, merged_order
-from .ops import IntegerConv2d, IntegerLinear, IntegerMatMul, IntegerOp
+from .base import IntegerOp
+from .conv import IntegerConv2d
+from .forms import fused_forms, is_merging
+from .linear import IntegerLinear
+from .matmul import IntegerMatMul
+from .merging import IntegerMerging, merged_order
 
 INTEGER: dict[type[QuantOp], Callable[..., IntegerOp]] = {
     QuantLinear: IntegerLinear, QuantConv2d: IntegerConv2d, QuantMatMul: IntegerMatMul}

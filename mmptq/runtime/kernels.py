@@ -73,6 +73,35 @@ def encode_normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps
 
 
 @fused()
+def encode_normalized_and_copy(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """:func:`encode_normalized`, and a copy of the rows that costs no pass of its own."""
+    return encode_normalized(x, *args), x.clone()
+
+
+@fused()
+def encode_merged(x: Tensor, weight: Tensor, bias: Tensor, eps: float, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
+    """Codes of the layer norm of patches of a map.
+
+    Args:
+        x: Its lines of patches, (lines, 2, patches, 2 channels).
+        weight: That of the layer norm, by row, column and channel of a patch, (4 channels,).
+        bias: The same.
+        eps: That of the layer norm.
+        change: See :func:`encode`.
+        coder: See :func:`encode`.
+
+    Returns:
+        (lines * patches, 4 channels), as :func:`encode` gives them.
+    """
+    x = x.transpose(1, 2)
+    shape = x.shape[-2:]
+    normed = F.layer_norm(x, shape, weight.view(shape), bias.view(shape), eps).float()
+    if change is not None:
+        change = Change(*(each.expand(weight.shape).reshape(shape) for each in change))
+    return _coded(normed, change, coder).flatten(0, 1).flatten(1)
+
+
+@fused()
 def map_of_normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """The layer norm of rows (rows, channels), with channels outermost: (channels, rows)."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).t().contiguous()
@@ -91,7 +120,7 @@ class Attention(NamedTuple):
         spans: Of queries, keys and values the zero that their steps are counted from, and the lowest and the highest integer, (heads, 1, 1)
             or () each.
         scale: What one of the integer scores is worth, (heads, 1, 1) or ().
-        bias: Added to the scores, (heads, length, length).
+        bias: Added to the scores, (heads, length, length), or for each window.
         probabilities: Their coder.
         gain: What one of the integer sums of values is worth, (heads, 1, 1) or ().
         held: Columns whose sums float32 holds, of both products.
@@ -109,12 +138,11 @@ class Attention(NamedTuple):
     output: Uniform | AdaLog
 
 
-def attend(x: Tensor, regions: Tensor | None, attention: Attention) -> Tensor:
+def attend(x: Tensor, attention: Attention) -> Tensor:
     """Codes for the layer after an attention, from the steps of queries, keys and values.
 
     Args:
         x: uint8, (windows, length, 3, heads, channels).
-        regions: Of each token, (windows, length): those of different regions do not see each other.
         attention: Its parameters.
 
     Returns:
@@ -122,14 +150,14 @@ def attend(x: Tensor, regions: Tensor | None, attention: Attention) -> Tensor:
     """
     queries, keys, values = split_heads(x, attention.spans)
     scores = integer_product(queries, keys.transpose(-1, -2), attention.held[0])
-    probabilities, side = softmax(scores, regions, attention.scale, attention.bias, attention.probabilities)
+    probabilities, side = softmax(scores, attention.scale, attention.bias, attention.probabilities)
     product = integer_product(probabilities, values, attention.held[1])
     if side is not None:
         product = with_maxima(product, values, *side)
     return merge_heads(product, attention.gain, attention.change, attention.output)
 
 
-attend_at_once = fused(rows=2)(attend)
+attend_at_once = fused()(attend)
 """:func:`attend` compiled as one; then the rows of DeMax's windows would be read from memory again and again."""
 
 
@@ -156,30 +184,29 @@ def split_heads(x: Tensor, spans: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> 
     return tuple((part.transpose(1, 2).float() - zero).clamp(low, high).contiguous() for part, (zero, low, high) in parts)
 
 
-@fused(rows=2)
-def softmax(scores: Tensor, regions: Tensor | None, scale: Tensor, bias: Tensor | None, coder: Coder) -> tuple[Tensor, Side | None]:
+@fused()
+def softmax(scores: Tensor, scale: Tensor, bias: Tensor | None, coder: Coder) -> tuple[Tensor, Side | None]:
     """Integers of attention probabilities.
 
     Args:
         scores: Integer products of queries and keys, (windows, heads, length, length).
-        regions: Of each token, (windows, length): those of different regions do not see each other.
         scale: What one is worth, (heads, 1, 1) or ().
-        bias: Added, (heads, length, length).
+        bias: Added, (heads, length, length), or for each window.
         coder: Of the probabilities.
     """
     scores = scores * scale
     if bias is not None:
         scores = scores + bias
-    if regions is not None:
-        apart = regions[:, None, :, None] != regions[:, None, None, :]
-        scores = scores + torch.where(apart, -100.0, 0.0)
-    powers = (scores - scores.amax(-1, keepdim=True)).clamp(min=FARTHEST).exp()
-    share = powers.sum(-1, keepdim=True).reciprocal()
-    if isinstance(coder, DeMax):
-        return softmax_side(powers * share, coder)
+    scores = scores - scores.amax(-1, keepdim=True)
+    powers = torch.where(scores > FARTHEST, scores, FARTHEST).exp()  # torch.clamp takes a CPU twice as long
     if isinstance(coder, Uniform):
-        return coder._replace(inverse=coder.inverse * share).integers(powers), None
-    return coder.integers(powers * share), None
+        steps = torch.round(powers * (powers * coder.scale).sum(-1, keepdim=True).reciprocal())
+        most = coder.most - coder.zero
+        return torch.where(steps < most, steps, most), None  # none is below zero
+    probabilities = powers * powers.sum(-1, keepdim=True).reciprocal()
+    if isinstance(coder, DeMax):
+        return softmax_side(probabilities, coder)
+    return coder.integers(probabilities), None
 
 
 def softmax_side(x: Tensor, coder: DeMax) -> tuple[Tensor, Side]:

@@ -24,6 +24,8 @@ BACKBONES = {
     'mmseg beit': ('mmseg', dict(type='BEiT', img_size=(49, 70), patch_size=16, embed_dims=16, num_layers=2, num_heads=2, mlp_ratio=2,
                                  out_indices=(0, 1))),
     'timm vit': ('mmseg', dict(DEEP, model_name='vit_tiny_patch16_224', img_size=(48, 32))),
+    'timm vit scaled': ('mmseg', dict(DEEP, model_name='vit_tiny_patch16_224', img_size=(48, 32), init_values=0.5)),
+    'timm vit normed': ('mmseg', dict(DEEP, model_name='vit_tiny_patch16_224', img_size=(48, 32), qk_norm=True)),
     'timm eva02': ('mmseg', dict(DEEP, model_name='eva02_tiny_patch14_224', img_size=56)),
     'timm swin': ('mmseg', dict(STAGES, model_name='swin_tiny_patch4_window7_224')),
     'timm swin_v2': ('mmseg', dict(STAGES, model_name='swinv2_tiny_window8_256')),

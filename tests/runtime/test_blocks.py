@@ -10,12 +10,14 @@ from torch import Tensor
 
 from mmptq.backbones import find_spec
 from mmptq.runtime import kernels, to_integer
-from mmptq.runtime.blocks import IntegerBlock, MapNorm, shifted, whole
+from mmptq.runtime.blocks import IntegerBlock
+from mmptq.runtime.merging import MapNorm
+from mmptq.runtime.windows import shifted
 
 from ..conftest import image
 from .conftest import BACKBONES, IMAGES, RECIPES, ready
 
-FUSED = [name for name in BACKBONES if name.startswith('mm') and 'beit' not in name]
+FUSED = ['mmdet swin', 'mmseg swin', 'mmseg vit', 'timm vit', 'timm vit scaled']
 
 
 def first(output):
@@ -99,7 +101,6 @@ def test_sizes_that_change_and_pieces_of_any_size(name, monkeypatch):
             patch.setattr('mmptq.runtime.blocks.PIECE', 200)
             assert max(relative(a, b) for a, b in zip(fused(x), plain, strict=True)) <= 1e-2, size
     assert [tuple(y.shape) for y in fused(image(49, 70))] == [tuple(y.shape) for y in backbone(image(49, 70))]
-    assert max(len(module.windows) for module in fused.modules() if isinstance(module, IntegerBlock)) <= 8
 
 
 @pytest.mark.parametrize('size, window, shift', [((8, 8), 4, 0), ((8, 8), 4, 2), ((7, 10), 4, 2), ((3, 2), 4, 2), ((5, 13), 7, 3)])
@@ -110,23 +111,24 @@ def test_windows_are_those_that_swin_cuts(size, window, shift):
     tokens = torch.arange(1.0, height * width + 1).view(height, width)
     padded = torch.nn.functional.pad(tokens, (0, -width % window, 0, -height % window))
     rolled = padded.roll((-shift, -shift), (0, 1)) if shift else padded
-    cut = rolled.unfold(0, window, window).unfold(1, window, window).reshape(-1, window * window)
-    shown = torch.cat([tokens.flatten(), torch.zeros(1)])[windows.token]
-    assert torch.equal(shown, cut)
-    assert torch.equal(shown.flatten()[windows.place], tokens.flatten())
-    assert (windows.regions is None) == (shift == 0)
+
+    def cut(x):
+        return x.unfold(0, window, window).unfold(1, window, window).reshape(-1, window * window)
+
+    mask = torch.zeros(padded.shape)
     if shift:
-        mask = torch.zeros(padded.shape)
         slices = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
         for number, (rows, columns) in enumerate((rows, columns) for rows in slices for columns in slices):
             mask[rows, columns] = number
-        regions = mask.unfold(0, window, window).unfold(1, window, window).reshape(-1, window * window)
-        assert torch.equal(windows.regions[:, None] == windows.regions[:, :, None], regions[:, None] == regions[:, :, None])
-
-
-def test_a_vision_transformer_has_one_window():
-    windows = whole(5, torch.device('cpu'))
-    assert windows.token.tolist() == [[0, 1, 2, 3, 4]] and windows.place.tolist() == [0, 1, 2, 3, 4] and windows.regions is None
+    regions = cut(mask)
+    masks = -100.0 * (regions[:, None] != regions[:, :, None])
+    expected = {tuple(row.tolist()): mask for row, mask in zip(cut(rolled), masks, strict=True)}
+    shown = torch.cat([tokens.flatten(), torch.zeros(1)])
+    found = {tuple(row.tolist()): torch.zeros(window**2, window**2) if mask is None else mask[0, 0]
+             for group in windows.groups for tokens, mask in group.pieces(1) for row in shown[tokens]}
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert torch.equal(torch.cat([shown[group.token].flatten() for group in windows.groups])[windows.place], tokens.flatten())
+    assert all(len(group.token) > 1 for group in windows.groups) and len(windows.groups) <= 1 + bool(shift)
 
 
 @torch.no_grad()

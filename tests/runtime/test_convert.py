@@ -10,8 +10,8 @@ from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe
 from mmptq.layers import QuantOp
 from mmptq.runtime import kernels, to_integer
+from mmptq.runtime.base import IntegerOp
 from mmptq.runtime.blocks import IntegerBlock
-from mmptq.runtime.ops import IntegerOp
 
 from ..conftest import SWIN, VIT, build_in, image, quantizable
 from .conftest import IMAGES, RECIPES, ready

@@ -14,16 +14,19 @@ from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Resca
 from mmptq.quantizers import DeMaxQuantizer
 from mmptq.quantizers.base import CHUNK, Float
 from mmptq.quantizers.demax import product
-from mmptq.runtime import kernels, ops
+from mmptq.runtime import kernels
+from mmptq.runtime.base import has_onednn, int8_parts
 from mmptq.runtime.coders import Uniform
-from mmptq.runtime.ops import IntegerConv2d, IntegerLinear, IntegerMatMul, int8_parts, int_mm
+from mmptq.runtime.conv import IntegerConv2d
+from mmptq.runtime.linear import IntegerLinear, int_mm
+from mmptq.runtime.matmul import IntegerMatMul
 
 from ..conftest import adalog, covering, equip, rescaled
 from .conftest import whole
 
 pytestmark = pytest.mark.usefixtures('uncompiled')
 
-needs_vnni = pytest.mark.skipif(not ops.has_onednn(torch.device('cpu')), reason='needs oneDNN and a CPU with VNNI')
+needs_vnni = pytest.mark.skipif(not has_onednn(torch.device('cpu')), reason='needs oneDNN and a CPU with VNNI')
 bits = st.integers(2, 8)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -77,7 +80,7 @@ def test_the_sums_of_a_linear_layer_are_exact(path, data, weight_bits, input_bit
     x, weight = numbers(generator, input_bits, rows, inner), weights(generator, weight_zero, weight_bits, out, inner)
     with pytest.MonkeyPatch.context() as patch:
         if path == '_int_mm':
-            patch.setattr(ops, 'has_onednn', lambda device: False)
+            patch.setattr(torch.cpu, '_is_vnni_supported', lambda: False)
         layer = IntegerLinear(linear(weight, weight_zero, weight_bits, zero, input_bits))
         result = layer(tensor(x)).numpy()
     assert (layer.path.removesuffix(', by _int_mm') != 'int8') == bool((weight > 127).any() or (weight < -128).any())
@@ -89,7 +92,7 @@ def test_the_sums_of_a_linear_layer_are_exact(path, data, weight_bits, input_bit
 def test_the_largest_sums_of_long_rows(onednn, monkeypatch):
     """All codes at one end and the zero points at the other: 255 * 255 each, in 3072 columns."""
     if not onednn:
-        monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
+        monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: False)
     weight = np.full((3, 3072), 255)
     weight[1], weight[2] = 0, -255
     op = linear(weight, [0, 0, 255], 8, 0, 8)
@@ -219,7 +222,7 @@ def test_layers_are_those_of_the_simulation(kind, width, bias, monkeypatch):
             layer = IntegerLinear(op)
             near(layer(x), op(x))
             near(layer.multiply(layer.encode(x[0]), gelu=True), nn.functional.gelu(op(x[0])))
-            monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
+            monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: False)
 
 
 @pytest.mark.parametrize('onednn', [False, pytest.param(True, marks=needs_vnni)])
@@ -227,7 +230,7 @@ def test_layers_are_those_of_the_simulation(kind, width, bias, monkeypatch):
 def test_what_becomes_of_sums_in_the_same_call(inner, out, weight_zero, onednn, monkeypatch):
     """Steps about a zero point, codes of GELU, and addition, against numpy; one weight, one of two parts, one with sums of the codes."""
     if not onednn:
-        monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
+        monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: False)
     generator = np.random.default_rng(inner)
     x, weight = numbers(generator, 8, 40, inner), weights(generator, [weight_zero] * out, 8, out, inner)
     op = linear(weight, [weight_zero] * out, 8, 100, 8)
@@ -301,7 +304,7 @@ def test_what_has_no_integer_form_says_why(monkeypatch):
         IntegerMatMul(equip(QuantMatMul(), left=Float(8), right=weight))
     with pytest.raises(NotImplementedError, match='AdaLog before a convolution'):
         IntegerConv2d(equip(QuantConv2d.from_float(conv), input=adalog(4, 37), weight=weight))
-    monkeypatch.setattr(ops, 'has_onednn', lambda device: False)
+    monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: False)
     with pytest.raises(NotImplementedError, match='oneDNN'):
         IntegerConv2d(equip(QuantConv2d.from_float(conv), input=weight, weight=weight))
 

@@ -1,0 +1,84 @@
+"""What integer operations share: inputs and weights as integers."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import QuantOp
+from ..quantizers import UniformQuantizer
+from .coders import AdaLog, Uniform, coder
+
+SUMS = 16
+"""Outputs that are added for a sum of the codes: one and, for speed, those that make it a whole vector."""
+
+
+class IntegerOp(nn.Module):
+    """An operation whose product is one of integers.
+
+    Attributes:
+        path: How it is computed, for the report.
+    """
+
+    path: str
+
+
+def input_coder(op: QuantOp) -> Uniform | AdaLog:
+    """The coder of a layer's input.
+
+    Raises:
+        NotImplementedError: If it is float, or has a scale for each channel.
+    """
+    found = coder(op.quantizer('input'))
+    if not isinstance(found, Uniform | AdaLog):
+        raise NotImplementedError('its input is float')
+    if found.scale.numel() > 1:
+        raise NotImplementedError('its input has a scale for each channel')
+    return found
+
+
+def integer_weight(op: QuantOp) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight's integers ``code - z``, int16, the scale of each output, (out,), and the weight that they stand for.
+
+    Raises:
+        NotImplementedError: If the weight is not quantized uniformly.
+    """
+    quantizer, weight = op.quantizer('weight'), op.get_parameter('weight').detach()
+    if not isinstance(quantizer, UniformQuantizer) or quantizer.params is None:
+        raise NotImplementedError('its weight is float')
+    rescale = getattr(op, 'rescale', None)
+    params = quantizer.params
+    codes = quantizer.encode(weight if rescale is None else rescale.weight(weight), **params)
+    integers = codes - params['zero_point'].to(codes.dtype)
+    return integers, params['scale'].reshape(-1).expand(len(weight)).contiguous(), integers.to(weight.dtype) * params['scale']
+
+
+def int8_parts(integers: Tensor) -> list[Tensor]:
+    """One int8 tensor, or the fewest whose sum the integers are: from -255 to 254 two, with 255 three."""
+    low = integers.clamp(-128, 127)
+    rest = integers - low
+    return [low.to(torch.int8), *(int8_parts(rest) if bool(rest.any()) else [])]
+
+
+def with_sums(op: QuantOp, integers: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 weights ``code - 128`` and, as :data:`SUMS` more outputs, ones and zeros; and what each integer lacks, ``128 - z``, (out,)."""
+    params = op.quantizer('weight').params
+    assert params is not None
+    above = (128 - params['zero_point'].reshape(-1)).expand(len(integers)).to(integers.dtype)
+    more = integers.new_zeros(SUMS, *integers.shape[1:])
+    more[0] = 1
+    return torch.cat([integers - above.view(-1, *[1] * (integers.ndim - 1)), more]).to(torch.int8), above
+
+
+def with_more(values: Tensor, value: float) -> Tensor:
+    """Values of outputs, (out,), with those of :data:`SUMS` more."""
+    return torch.cat([values, values.new_full((SUMS,), value)])
+
+
+def int8_path(parts: int) -> str:
+    """What the report says of weights in so many parts."""
+    return 'int8' + ('' if parts == 1 else f', weight in {["two", "three"][parts - 2]} parts')
+
+
+def has_onednn(device: torch.device) -> bool:
+    """Whether integer products of oneDNN are there and exact (without VNNI their 16-bit sums saturate)."""
+    return device.type == 'cpu' and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()

@@ -1,0 +1,74 @@
+"""Convolutions as integer products."""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import QuantizationError
+from ..layers import QuantConv2d
+from .base import IntegerOp, has_onednn, input_coder, int8_parts, integer_weight, with_more, with_sums
+from .coders import Uniform
+from .kernels import encode
+
+
+class IntegerConv2d(IntegerOp):
+    """A convolution: uint8 codes times int8 weights, int32 sums; weights as in :class:`IntegerLinear`."""
+
+    bias: Tensor | None
+
+    def __init__(self, op: QuantConv2d) -> None:
+        super().__init__()
+        self.coder = input_coder(op)
+        integers, scale, _ = integer_weight(op)
+        parts = int8_parts(integers)
+        if not isinstance(self.coder, Uniform):
+            raise NotImplementedError('AdaLog before a convolution')
+        if not has_onednn(op.weight.device):
+            raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
+        if len(parts) > 1 and op.groups > 1:
+            raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
+        self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
+        self.out_channels = op.out_channels
+        self.padding, self.padding_mode = list(op._reversed_padding_repeated_twice), op.padding_mode
+        self.zero_point = int(self.coder.zero)
+        self.gain = scale * self.coder.scale
+        self.register_buffer('bias', None if op.bias is None else op.bias.detach().clone())
+        self.excess: Tensor | None = None
+        if len(parts) == 1:
+            self.path, weight = 'int8', parts[0]
+        else:
+            self.path = 'int8, weight and sums of the codes'
+            weight, above = with_sums(op, integers)
+            self.excess = (self.gain * above)[:, None, None]
+            self.gain = with_more(self.gain, 1)
+            self.bias = None if self.bias is None else with_more(self.bias, 0)
+        self.packed = torch.ops.onednn.qconv_prepack(weight, torch.ones_like(self.gain), 1.0, self.zero_point, self.stride, [0, 0],
+                                                     self.dilation, self.groups, None)
+        self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width), in the dtype of the input."""
+        if not len(x):
+            raise QuantizationError('a convolution got a batch of 0 images')
+        codes = self._padded(self.encode(x.float())).contiguous(memory_format=torch.channels_last)
+        out: Tensor = torch.ops.onednn.qconv_pointwise(
+            codes, 1.0, self.zero_point, self.packed, self.gain, self.weight_zero, self.bias, self.stride, [0, 0], self.dilation,
+            self.groups, 1.0, 0, torch.float32, 'none', [], '')
+        if self.excess is not None:
+            out = torch.addcmul(out[:, :self.out_channels], out[:, self.out_channels, None], self.excess)
+        return out.to(x.dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes of an input, in its layout."""
+        if x.is_contiguous(memory_format=torch.channels_last):
+            x = x.permute(0, 2, 3, 1)
+            return encode(x.reshape(-1), None, self.coder).view(x.shape).permute(0, 3, 1, 2)
+        return encode(x.reshape(-1), None, self.coder).view(x.shape)
+
+    def _padded(self, codes: Tensor) -> Tensor:
+        if not any(self.padding):
+            return codes
+        if self.padding_mode == 'zeros':
+            return F.pad(codes, self.padding, value=self.zero_point)
+        return F.pad(codes.float(), self.padding, mode=self.padding_mode).to(torch.uint8)
