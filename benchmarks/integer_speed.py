@@ -5,11 +5,11 @@
 The backbone of a stock Mask R-CNN Swin-T, batch 1; the whole detector, in integers its backbone (scope `backbone`) or all of it (`model`);
 a whole UperNet DeiT-T of 512x512, scope `model`. Weights and images are random, so that only time and memory are measured; the random
 detector finds nothing, and its mask head does not run. ONNX Runtime (static INT8, Q/DQ, per channel) and OpenVINO (NNCF, model_type
-TRANSFORMER, its default precision of what is not INT8) quantize the same backbone on the same image; each is left out where it is not
-installed (pip install openvino nncf). As theirs, the weights of W8A8 are symmetric. A second time OpenVINO is told to compute in float32 what
-is not INT8, as torch does. torch's sides run with its own switch for huge pages, THP_MEM_ALLOC_ENABLE=1. Memory is what a process needs more for a model and its
-forward pass than before it had either; its allocator gives freed memory back at once (MALLOC_MMAP_THRESHOLD_), so that tensors are counted
-and not what calibration left behind.
+TRANSFORMER, its default precision of what is not INT8, and then float32 for that) quantize the same backbone on the same image; each is
+left out where it is not installed (pip install openvino nncf). As theirs, the weights of W8A8 are symmetric. torch's sides run with its own
+switch for huge pages, THP_MEM_ALLOC_ENABLE=1. Memory is what a process needs more for a model and its forward pass than before it had
+either; its allocator gives freed memory back at once (MALLOC_MMAP_THRESHOLD_), so that tensors are counted and not what calibration left
+behind.
 """
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mmptq.backbones import find_spec
 from mmptq.runtime import kernels, to_integer
 from mmptq.runtime.blocks import IntegerBlock
-from mmptq.runtime.merging import MapNorm
+from mmptq.runtime.merging import IntegerMerging, MapNorm
 from mmptq.runtime.windows import shifted
 
 from ..conftest import image
@@ -63,7 +63,9 @@ def test_every_block_is_that_of_the_simulation(name, recipe):
     for fuse in (True, False):
         converted = ready(name, recipe)
         to_integer(converted, fuse)
-        assert any(isinstance(module, IntegerBlock) for module in converted.modules()) == (fuse and name in FUSED)
+        kinds = {type(module) for module in converted.modules()}
+        assert (IntegerBlock in kinds) == (fuse and name in FUSED)
+        assert (IntegerMerging in kinds) == (fuse and name in ('mmdet swin', 'mmseg swin'))
         for block, (args, kwargs, expected) in calls.items():
             assert agree(first(converted.get_submodule(block)(*args, **kwargs)), first(expected), args[0]), block
 
