@@ -5,7 +5,9 @@ from mmengine.registry import Registry
 
 from . import methods, quantizers
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmptq', locations=['mmptq.backbones.build', 'mmptq.backbones.timm_backbone'])
+# Who builds a quantized model may load a packed checkpoint next: its reader is registered by then.
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmptq',
+                  locations=['mmptq.backbones.build', 'mmptq.backbones.timm_backbone', 'mmptq.engine.packed'])
 """``QuantBackbone``, ``QuantModel`` and ``TimmBackbone``."""
 
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmptq', locations=['mmptq.engine.hook'])

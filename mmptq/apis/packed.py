@@ -65,7 +65,9 @@ def load_packed(path: str | Path, config: str | Config | None = None) -> nn.Modu
         except QuantizationError as error:
             raise QuantizationError(f'{path}: {error}') from None
     model = cfg['model'] if config is None else float_model(cfg)
-    return build_quantized(model, cfg.get('default_scope') or 'mmengine', made, loaded, str(path))
+    built = build_quantized(model, cfg.get('default_scope') or 'mmengine', made, loaded, str(path))
+    built.dataset_meta = loaded['meta'].get('dataset_meta')  # as init_detector and init_model have it
+    return built
 
 
 def build_quantized(model: dict[str, Any], default_scope: str, made: Mapping[str, Any], loaded: Mapping[str, Any],

@@ -26,6 +26,7 @@ class BlockParts:
         windows: What has a ``window_size`` and a ``shift_size``; None: all tokens of an image see each other.
         scales: After attention and after the feed-forward network: an identity, or a ``gamma`` for each channel.
         identities: What must be an identity or absent.
+        containers: Modules between the block and its parts, and the class that each must be of.
     """
 
     attention: str
@@ -40,11 +41,16 @@ class BlockParts:
     windows: str | None = None
     scales: tuple[str, ...] = ()
     identities: tuple[str, ...] = ()
+    containers: tuple[tuple[str, str], ...] = ()
+
+
+_FFN = ('ffn', 'mmcv.cnn.bricks.transformer.FFN')
 
 
 def _swin(package: str) -> BlockParts:
     return BlockParts('attn.w_msa', f'{package}.models.backbones.swin.WindowMSA', 'attn.w_msa.qkv', 'attn.w_msa.proj',
-                      'ffn.layers.0.0', 'ffn.layers.0.1', 'ffn.layers.1', windows='attn', identities=('ffn.gamma2',))
+                      'ffn.layers.0.0', 'ffn.layers.0.1', 'ffn.layers.1', windows='attn', identities=('ffn.gamma2',),
+                      containers=(_FFN, ('attn', f'{package}.models.backbones.swin.ShiftWindowMSA')))
 
 
 BLOCKS = {
@@ -52,10 +58,11 @@ BLOCKS = {
     'mmseg.models.backbones.swin.SwinBlock': _swin('mmseg'),
     'mmseg.models.backbones.vit.TransformerEncoderLayer': BlockParts(
         'attn.attn', 'mmptq.layers.attention.SelfAttention', 'attn.attn.in_proj', 'attn.attn.out_proj',
-        'ffn.layers.0.0', 'ffn.layers.0.1', 'ffn.layers.1', identities=('ffn.gamma2',)),
+        'ffn.layers.0.0', 'ffn.layers.0.1', 'ffn.layers.1', identities=('ffn.gamma2',),
+        containers=(_FFN, ('attn', 'mmcv.cnn.bricks.transformer.MultiheadAttention'))),
     'timm.models.vision_transformer.Block': BlockParts(
         'attn', 'timm.layers.attention.Attention', 'attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.act', 'mlp.fc2', scales=('ls1', 'ls2'),
-        identities=('attn.q_norm', 'attn.k_norm', 'attn.norm', 'attn.gate', 'mlp.norm')),
+        identities=('attn.q_norm', 'attn.k_norm', 'attn.norm', 'attn.gate', 'mlp.norm'), containers=(('mlp', 'timm.layers.mlp.Mlp'),)),
 }
 """Blocks by their class."""
 

@@ -120,7 +120,7 @@ class IntegerBlock(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> None:
         """Adds ``ffn(norm2(x))`` to x, (tokens, channels)."""
-        exact = isinstance(self.act, nn.GELU) and self.act.approximate == 'none'
+        exact = type(self.act) is nn.GELU and self.act.approximate == 'none'
         at_once = exact and self.fc1.gives_codes and self.fc2.change is None and isinstance(self.fc2.coder, Uniform)
         codes = self.fc1.encode_normalized(self.norm2, x)
         if at_once:

@@ -65,6 +65,8 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
 
 
 def _check(model: nn.Module, ops: dict[str, QuantOp]) -> None:
+    if not ops and any(isinstance(module, IntegerOp) for module in model.modules()):
+        raise QuantizationError(f'{type(model).__name__} runs in integers already')
     if not ops:
         raise QuantizationError(f'{type(model).__name__} has no quantized operations; quantize it first (mmptq quantize)')
     missing = [f'{name}.{child}' for name, op in ops.items() for child, part in op.named_children()

@@ -42,6 +42,8 @@ def block_form(block: nn.Module, parts: BlockParts) -> IntegerBlock:
     others += [module for module, gamma in zip(scales, gammas, strict=True) if gamma is None]
     if any(module is not None and type(module) is not nn.Identity for module in others):
         raise NotImplementedError('it computes more than a plain block')
+    if any(full_name(part(name)) != kind for name, kind in parts.containers):
+        raise NotImplementedError('its parts are called in another way')
     if parts.attention_class not in {f'{cls.__module__}.{cls.__qualname__}' for cls in type(attention).__bases__}:
         raise NotImplementedError(f'its attention is {full_name(attention)}')
     if any(full_name(part(name)) not in NORMS for name in (parts.norm1, parts.norm2)):
@@ -72,7 +74,7 @@ def is_merging(module: Any) -> bool:
     sampler = module.sampler
     return (all(value in (2, (2, 2)) for value in (sampler.kernel_size, sampler.stride)) and sampler.dilation in (1, (1, 1))
             and sampler.padding in (0, (0, 0)) and getattr(module.adap_padding, 'padding', None) == 'corner'
-            and type(module.norm) is nn.LayerNorm)
+            and type(module.norm) is nn.LayerNorm and module.norm.weight is not None and module.norm.bias is not None)
 
 
 def _part(block: nn.Module, name: str) -> Any:

@@ -58,6 +58,21 @@ def test_stock_test_tool_takes_it_for_a_checkpoint(upernet, quantized, packed, t
     assert metrics[task.headline] == pytest.approx(quantized[1]['quantized']['metrics'][task.headline], abs=1e-3)
 
 
+def test_it_is_loaded_by_the_apis_of_the_packages_where_nothing_imports_mmptq(task, quantized, packed):
+    """In a fresh process: the reader of the file is registered by the time that a model was built."""
+    name = 'detector' if task.package == 'mmdet' else 'model'
+    code = (f"from {task.package}.apis import init_{name}\n"
+            f"a, b = (init_{name}({str(quantized[0] / 'quantized.py')!r}, path, device='cpu').state_dict() "
+            f"for path in ({str(packed)!r}, {str(quantized[0] / 'quantized.pth')!r}))\n"
+            "assert a.keys() == b.keys()\n"
+            "assert all((a[key] - b[key]).norm() < 0.5 * b[key].norm() for key in a if key.endswith('.weight'))\n"
+            "print('weights are equal but for their rounding')")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert 'are equal but' in done.stdout, done.stderr[-2000:]
+    meta = load_file(quantized[0] / 'quantized.pth')['meta']['dataset_meta']
+    assert list(load_packed(packed).dataset_meta['classes']) == list(meta['classes'])
+
+
 @torch.no_grad()
 def test_scope_model_with_neck_and_heads_by_the_tools_flag(task, tmp_path, monkeypatch):
     recipe = fast() if task.package == 'mmseg' else 'minmax_w4a4'

@@ -133,6 +133,22 @@ def test_windows_are_those_that_swin_cuts(size, window, shift):
     assert all(len(group.token) > 1 for group in windows.groups) and len(windows.groups) <= 1 + bool(shift)
 
 
+@pytest.mark.parametrize('name, part', [('mmdet swin', 'stages.0.blocks.0.ffn'), ('mmdet swin', 'stages.0.blocks.0.attn'),
+                                        ('mmseg vit', 'layers.0.ffn'), ('mmseg vit', 'layers.0.attn'), ('mmseg vit', 'layers.0'),
+                                        ('timm vit', 'model.blocks.0.mlp'), ('timm vit', 'model.blocks.0')])
+@torch.no_grad()
+def test_a_block_with_a_part_of_another_class_is_not_fused(name, part, uncompiled):
+    """It may compute something else."""
+    backbone, fused = ready(name), ready(name)
+    module = backbone.get_submodule(part)
+    module.__class__ = type('Other', (type(module),), {'__module__': 'elsewhere'})
+    for each in (backbone, fused):
+        to_integer(each)
+    counts = [sum(isinstance(module, IntegerBlock) for module in each.modules()) for each in (backbone, fused)]
+    assert counts[0] == counts[1] - 1
+    assert max(relative(a, b) for a, b in zip(backbone(IMAGES[0]), fused(IMAGES[0]), strict=True)) <= 1e-2
+
+
 @torch.no_grad()
 def test_maps_need_no_copy(uncompiled):
     """What a Swin returns is contiguous without its own transposition, for one image and for more."""

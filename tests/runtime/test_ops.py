@@ -319,3 +319,20 @@ def test_compiled_and_not_the_codes_are_the_same(monkeypatch):
     monkeypatch.setattr(kernels, 'has_compiler', lambda: True)
     moved = [int((layer.encode(x) != codes).sum()) for x, codes in zip(inputs, plain, strict=True)]
     assert sum(moved) <= 1  # a fused multiplication and subtraction rounds once where two round twice
+
+
+@needs_vnni
+@pytest.mark.parametrize('channels, kernel, size', [(3, 4, (64, 4)), (3, 16, (80, 16)), (16, 8, (40, 48)), (8, 16, (64, 64))])
+def test_convolutions_that_onednn_gets_wrong_are_not_left_to_it(channels, kernel, size):
+    """With AMX: outputs of one column, and some kernels as wide as their stride, which stay simulated there."""
+    torch.manual_seed(0)
+    op = QuantConv2d.from_float(nn.Conv2d(channels, 64, kernel, kernel))
+    equip(op, input=whole(0.02, 117, 8), weight=whole(0.002, 128, 8))
+    x = torch.randn(1, channels, *size)
+    expected = op(x)
+    try:
+        result = IntegerConv2d(op)(x)
+    except NotImplementedError as reason:
+        assert 'exact' in str(reason) and channels > 3
+    else:
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
