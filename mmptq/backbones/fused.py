@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
-
 
 @dataclass(frozen=True)
 class BlockParts:
@@ -76,6 +74,6 @@ MAPPED = ('mmdet.models.backbones.swin.SwinTransformer', 'mmseg.models.backbones
 """Backbones whose own layer norms are before what they return, as maps."""
 
 
-def full_name(module: nn.Module) -> str:
-    """``package.module.ClassName`` of what a module is."""
-    return f'{type(module).__module__}.{type(module).__qualname__}'
+def full_name(cls: type) -> str:
+    """``package.module.ClassName``."""
+    return f'{cls.__module__}.{cls.__qualname__}'

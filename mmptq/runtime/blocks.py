@@ -1,11 +1,12 @@
 """Transformer blocks in integers, worked through in pieces that stay in the cache.
 
 A block ``x + attention(norm1(x))``, ``x + ffn(norm2(x))`` runs as: window by window (a Vision Transformer has one) codes of the normalized
-tokens, queries, keys and values, both products, codes of the attention's output; then the projection, added to the tokens; piece by piece
-of tokens the feed-forward network, added to them in place. Windows are padded, shifted and cut by one index of tokens for each size.
+tokens, queries, keys and values, both products, codes of the attention's output; then, piece by piece of tokens, the projection and the
+feed-forward network, added to them in place. Windows are padded, shifted and cut by one index of tokens for each size.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +82,8 @@ class IntegerBlock(nn.Module):
         """Tokens (batch, tokens, channels), of maps of a shape for windows."""
         if not len(x):
             raise QuantizationError('a block got a batch of 0 images')
+        if self.window is not None and (hw_shape is None or math.prod(hw_shape) != x.shape[1]):
+            raise QuantizationError(f'a block got {x.shape[1]} tokens for a map of size {hw_shape}')
         return joined([self._image(tokens, hw_shape)[None] for tokens in x.contiguous()])
 
     def _image(self, x: Tensor, hw_shape: tuple[int, int] | None) -> Tensor:

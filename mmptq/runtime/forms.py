@@ -15,9 +15,9 @@ def fused_forms(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """What blocks and layer norms of a model, its operations converted, are replaced by."""
     forms: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        name = full_name(module)
+        name = full_name(type(module))
         if name in MAPPED:
-            forms |= {norm: MapNorm(norm) for norm in module.children() if isinstance(norm, nn.LayerNorm) and full_name(norm) in NORMS}
+            forms |= {norm: MapNorm(norm) for norm in module.children() if isinstance(norm, nn.LayerNorm) and full_name(type(norm)) in NORMS}
         if name in BLOCKS:
             try:
                 forms[module] = block_form(module, BLOCKS[name])
@@ -35,6 +35,8 @@ def block_form(block: nn.Module, parts: BlockParts) -> IntegerBlock:
     def part(name: str) -> Any:
         return _part(block, name)
 
+    if any(module._forward_hooks or module._forward_pre_hooks for module in block.modules()):
+        raise NotImplementedError('it has hooks')
     attention, proj, fc2 = part(parts.attention), part(parts.proj), part(parts.fc2)
     others = [part(name) for name in parts.identities]
     scales = [part(name) for name in parts.scales]
@@ -42,11 +44,11 @@ def block_form(block: nn.Module, parts: BlockParts) -> IntegerBlock:
     others += [module for module, gamma in zip(scales, gammas, strict=True) if gamma is None]
     if any(module is not None and type(module) is not nn.Identity for module in others):
         raise NotImplementedError('it computes more than a plain block')
-    if any(full_name(part(name)) != kind for name, kind in parts.containers):
+    if any(full_name(type(part(name))) != kind for name, kind in parts.containers):
         raise NotImplementedError('its parts are called in another way')
-    if parts.attention_class not in {f'{cls.__module__}.{cls.__qualname__}' for cls in type(attention).__bases__}:
-        raise NotImplementedError(f'its attention is {full_name(attention)}')
-    if any(full_name(part(name)) not in NORMS for name in (parts.norm1, parts.norm2)):
+    if parts.attention_class not in map(full_name, type(attention).__bases__):
+        raise NotImplementedError(f'its attention is {full_name(type(attention))}')
+    if any(full_name(type(part(name))) not in NORMS for name in (parts.norm1, parts.norm2)):
         raise NotImplementedError('its norms are no plain layer norms')
     width = proj.in_features // attention.num_heads
     windows = None if parts.windows is None else part(parts.windows)
@@ -69,7 +71,7 @@ def relative_position_bias(attention: Any) -> Tensor:
 
 def is_merging(module: Any) -> bool:
     """Whether a module is a patch merging with a fused form."""
-    if full_name(module) not in MERGINGS:
+    if full_name(type(module)) not in MERGINGS:
         return False
     sampler = module.sampler
     return (all(value in (2, (2, 2)) for value in (sampler.kernel_size, sampler.stride)) and sampler.dilation in (1, (1, 1))

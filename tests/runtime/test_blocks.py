@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmptq import QuantizationError
 from mmptq.backbones import find_spec
 from mmptq.runtime import kernels, to_integer
 from mmptq.runtime.blocks import IntegerBlock
@@ -147,6 +148,28 @@ def test_a_block_with_a_part_of_another_class_is_not_fused(name, part, uncompile
     counts = [sum(isinstance(module, IntegerBlock) for module in each.modules()) for each in (backbone, fused)]
     assert counts[0] == counts[1] - 1
     assert max(relative(a, b) for a, b in zip(backbone(IMAGES[0]), fused(IMAGES[0]), strict=True)) <= 1e-2
+
+
+@torch.no_grad()
+def test_a_block_with_hooks_is_not_fused_and_runs_them(uncompiled):
+    backbone = ready('mmdet swin')
+    backbone.stages[0].blocks[0].ffn.register_forward_hook(lambda module, args, output: 2 * output)
+    expected = backbone(IMAGES[0])
+    to_integer(backbone)
+    assert not isinstance(backbone.stages[0].blocks[0], IntegerBlock) and isinstance(backbone.stages[1].blocks[0], IntegerBlock)
+    assert max(relative(a, b) for a, b in zip(backbone(IMAGES[0]), expected, strict=True)) <= 1e-2
+
+
+@pytest.mark.parametrize('hw_shape', [(4, 8), None])
+@torch.no_grad()
+def test_tokens_that_do_not_fill_the_map_are_refused(hw_shape, uncompiled):
+    backbone = ready('mmdet swin')
+    to_integer(backbone)
+    block = backbone.stages[0].blocks[0]
+    with pytest.raises(QuantizationError, match='got 33 tokens for a map'):
+        block(torch.randn(1, 33, block.qkv.in_features), hw_shape)
+    with pytest.raises(QuantizationError, match='batch of 0 images'):
+        block(torch.randn(0, 32, block.qkv.in_features), (4, 8))
 
 
 @torch.no_grad()
