@@ -28,7 +28,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of mmdet's tools/test.py, and those of quantization."""
     parser.add_argument('config', help='config file of mmdet or mmsegmentation, or package::name')
     parser.add_argument('checkpoint', help='checkpoint file, float or quantized (.safetensors: packed)')
-    parser.add_argument('--work-dir', help='directory for quantized.pth, quantized.py and summary.json')
+    parser.add_argument('--work-dir', help='directory for quantized.pth, quantized.py and summary.json (default: '
+                        'work_dirs/CONFIG_RECIPE)')
     parser.add_argument('--out', help='file (mmsegmentation: directory) for the predictions of the quantized model')
     parser.add_argument('--show', action='store_true', help='show predictions')
     parser.add_argument('--show-dir', help='directory for painted predictions')

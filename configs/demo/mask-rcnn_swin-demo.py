@@ -1,6 +1,7 @@
 """Mask R-CNN on a thin Swin (1.5 M parameters in the backbone), the demo's data: 3 kinds of objects, told by texture.
 
-Stock mmdet. demo/mask-rcnn_swin-demo.pth, on the val split (100 images): box AP 0.664, mask AP 0.724.
+Stock mmdet. `python demo/generate_data.py` (part of `make demo`) makes the data.
+demo/mask-rcnn_swin-demo.pth, on the val split (100 images): box AP 0.664, mask AP 0.724.
 Its training, 3000 iterations, seed 0, log demo/mask-rcnn_swin-demo.log; the backbone starts from that of the demo's UperNet:
     python demo/train.py configs/demo/mask-rcnn_swin-demo.py --load-from demo/upernet_swin-demo.pth --threads 1
 """

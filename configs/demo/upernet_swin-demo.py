@@ -1,6 +1,7 @@
 """UperNet on a thin Swin (1.5 M parameters in the backbone), the demo's data: 6 kinds of objects, 3 of ground.
 
-Stock mmsegmentation. demo/upernet_swin-demo.pth, on the val split (100 images): mIoU 61.27, aAcc 88.37.
+Stock mmsegmentation. `python demo/generate_data.py` (part of `make demo`) makes the data.
+demo/upernet_swin-demo.pth, on the val split (100 images): mIoU 61.27, aAcc 88.37.
 Its training, 9000 iterations from scratch, seed 0, log demo/upernet_swin-demo.log:
     python demo/train.py configs/demo/upernet_swin-demo.py --threads 1
 """

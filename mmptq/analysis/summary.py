@@ -65,16 +65,16 @@ def result_table(summaries: Sequence[Mapping[str, Any]], title: str = 'measured'
     table = Table(title=f'{title}: scope {first["scope"]}, calibrated on {calibration["images"]} images of {calibration["dataset"]} '
                         f'{calibration["split"]}' + (' (leak)' if calibration['leak'] else ''))
     metrics = _headlines(first['quantized'] or first['float'])
-    for column in ('recipe', 'W/A/softmax', *metrics, 'size MiB', 'eval s', 'calib s'):
-        table.add_column(column, justify='left' if column == 'recipe' else 'right', no_wrap=True)
+    for column in ('recipe', 'W/A/softmax', 'backend', *metrics, 'size MiB', 'eval s', 'calib s'):
+        table.add_column(column, justify='left' if column in ('recipe', 'backend') else 'right', no_wrap=True)
     if first['float']:
-        table.add_row('float', '32 bit', *_values(first['float'], metrics), f'{first["size"]["float_mib"]:.2f}',
+        table.add_row('float', '32 bit', '', *_values(first['float'], metrics), f'{first["size"]["float_mib"]:.2f}',
                       f'{first["float"]["seconds"]:.1f}', '')
     for summary in summaries:
         bits = summary['bits']
         quantized = summary['quantized']
         table.add_row(summary['recipe']['name'], f'{bits["weight"]}/{bits["activation"]}/{bits["softmax"]}',
-                      *(_values(quantized, metrics) if quantized else ['-'] * len(metrics)),
+                      quantized['backend'] if quantized else '-', *(_values(quantized, metrics) if quantized else ['-'] * len(metrics)),
                       f'{summary["size"]["quantized_mib"]:.2f}', f'{quantized["seconds"]:.1f}' if quantized else '-',
                       f'{summary["calibration"]["seconds"]:.1f}')
     return table

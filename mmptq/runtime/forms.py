@@ -17,7 +17,8 @@ def fused_forms(model: nn.Module) -> dict[nn.Module, nn.Module]:
     for module in model.modules():
         name = full_name(type(module))
         if name in MAPPED:
-            forms |= {norm: MapNorm(norm) for norm in module.children() if isinstance(norm, nn.LayerNorm) and full_name(type(norm)) in NORMS}
+            norms = (norm for norm in module.children() if isinstance(norm, nn.LayerNorm))
+            forms |= {norm: MapNorm(norm) for norm in norms if full_name(type(norm)) in NORMS}
         if name in BLOCKS:
             try:
                 forms[module] = block_form(module, BLOCKS[name])

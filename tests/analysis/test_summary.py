@@ -27,11 +27,11 @@ def test_size_counts_packed_weights_scales_and_what_stays_float():
 
 def test_table_has_float_and_every_recipe_with_scope_bits_and_leak():
     metrics = {'coco/bbox_mAP': 0.5, 'coco/bbox_mAP_50': 0.7, 'coco/segm_mAP': 0.4}
-    rows = [summary('a_w4a4', dict(metrics=metrics, seconds=2.0), dict(metrics=metrics, seconds=1.0)), summary('b_w4a4')]
+    rows = [summary('a_w4a4', dict(metrics=metrics, seconds=2.0, backend='integer'), dict(metrics=metrics, seconds=1.0)), summary('b_w4a4')]
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(result_table(rows, title='demo'))
     text = console.export_text()
-    for part in ('demo', 'scope backbone', '32 images', 'leak', 'float', 'a_w4a4', 'b_w4a4', '4/4/3', 'coco/bbox_mAP',
+    for part in ('demo', 'scope backbone', '32 images', 'leak', 'float', 'a_w4a4', 'b_w4a4', '4/4/3', 'integer', 'coco/bbox_mAP',
                  'coco/segm_mAP', '2.50'):
         assert part in text
     assert 'bbox_mAP_50' not in text
@@ -41,6 +41,6 @@ def test_a_metric_that_has_no_value_is_none_and_a_dash_in_the_table():
     result = result_of({'mIoU': float('nan'), 'aAcc': 61.25}, 1.5)
     assert result == dict(metrics={'mIoU': None, 'aAcc': 61.25}, seconds=1.5)
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(result_table([summary('a_w4a4', result)]))
+    console.print(result_table([summary('a_w4a4', result | {'backend': 'simulated'})]))
     row = next(line for line in console.export_text().splitlines() if 'a_w4a4' in line)
-    assert [cell.strip() for cell in row.split('│')[1:5]] == ['a_w4a4', '4/4/3', '-', '61.25']
+    assert [cell.strip() for cell in row.split('│')[1:6]] == ['a_w4a4', '4/4/3', 'simulated', '-', '61.25']

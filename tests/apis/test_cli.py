@@ -229,4 +229,7 @@ def test_the_tool_the_console_command_and_their_output(upernet, tmp_path):
         assert 'calibrated [1/' in done.stdout + done.stderr and 'eta' in done.stdout + done.stderr
         summaries.append(json.loads((tmp_path / name / 'summary.json').read_text()))
     assert summaries[0]['layers'] == summaries[1]['layers'] and summaries[0]['float'] is None
-    assert subprocess.run([*commands['tool'], upernet.config, 'absent.pth'], capture_output=True, env=env, cwd=tmp_path).returncode == 2
+    commands['module'] = [sys.executable, '-m', 'mmptq', 'quantize']
+    for command in (commands['tool'], commands['module']):
+        done = subprocess.run([*command, upernet.config, 'absent.pth'], capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == 2 and is_one_line(done.stderr, 'absent.pth')
