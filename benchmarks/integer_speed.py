@@ -14,6 +14,7 @@ behind.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import logging
@@ -24,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +124,19 @@ def onnxruntime_int8(x: Tensor, folder: Path) -> Callable[[], Any]:
     return lambda: session.run(None, {'x': x.numpy()})
 
 
-def openvino_int8(x: Tensor, folder: Path, **options: str) -> Callable[[], Any]:
-    """OpenVINO's INT8, quantized by NNCF."""
+@functools.cache
+def nncf_int8(x: Tensor, folder: Path) -> Any:
+    """The backbone quantized by NNCF."""
     import nncf
     import openvino
-    quantized = nncf.quantize(openvino.convert_model(folder / 'float.onnx'), nncf.Dataset([x.numpy()]), subset_size=1,
-                              model_type=nncf.ModelType.TRANSFORMER)
-    compiled = openvino.Core().compile_model(quantized, 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+    return nncf.quantize(openvino.convert_model(folder / 'float.onnx'), nncf.Dataset([x.numpy()]), subset_size=1,
+                         model_type=nncf.ModelType.TRANSFORMER)
+
+
+def openvino_int8(x: Tensor, folder: Path, **options: str) -> Callable[[], Any]:
+    """OpenVINO's INT8."""
+    import openvino
+    compiled = openvino.Core().compile_model(nncf_int8(x, folder), 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads(),
                                                                 'PERFORMANCE_HINT': 'LATENCY', **options})
     request = compiled.create_infer_request()
     return lambda: request.infer({0: x.numpy()})
@@ -181,14 +187,14 @@ def main() -> None:
     float_backbone = copy.deepcopy(detectors['float32'].backbone)
     paths = {name: to_integer(model.backbone) for name, model in detectors.items() if name != 'float32'}
     paths['segmentor'] = to_integer(segmentors[W8A8])
-    sides: dict[str, Callable[[], Any]] = {f'backbone {name}': partial(model.backbone, x) for name, model in detectors.items()}
+    sides: dict[str, Callable[[], Any]] = {f'backbone {name}': functools.partial(model.backbone, x) for name, model in detectors.items()}
     wholes = {'float32': detectors['float32'], f'{W8A8}, backbone': detectors[W8A8], W8A8: built('mmdet', size, W8A8, 'model')}
     paths['detector'] = to_integer(wholes[W8A8])
     missing = {}
     with tempfile.TemporaryDirectory() as folder:
         torch.onnx.export(float_backbone, (x,), f'{folder}/float.onnx', dynamo=False, opset_version=17, input_names=['x'])
         for name, make in (('onnxruntime int8', onnxruntime_int8), ('openvino int8', openvino_int8),
-                           ('openvino int8, else float32', partial(openvino_int8, INFERENCE_PRECISION_HINT='f32'))):
+                           ('openvino int8, else float32', functools.partial(openvino_int8, INFERENCE_PRECISION_HINT='f32'))):
             try:
                 sides[f'backbone {name}'] = make(x, Path(folder))
             except ImportError as error:
@@ -197,7 +203,7 @@ def main() -> None:
         batch = dict(inputs=[Noise(package, shape).item['inputs']], data_samples=[Noise(package, shape).item['data_samples']])
         title = 'detector' if package == 'mmdet' else 'segmentor'
         for name, model in models.items():
-            sides[f'{title} {name}'] = partial(model.test_step, batch)
+            sides[f'{title} {name}'] = functools.partial(model.test_step, batch)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(options.rounds + 2):
         for name, run in sides.items():

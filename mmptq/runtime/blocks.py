@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
-from .coders import Coder, DeMax, Uniform
+from .coders import DeMax, Uniform
 from .kernels import Attention, attend, attend_at_once
 from .linear import IntegerLinear
 from .matmul import IntegerMatMul
 from .windows import shifted
 
-PIECE = 2**22
+PIECE = 2**21
 """Values of the widest tensor of a piece: more leave the cache and take memory, fewer are not worth the calls."""
 
 LEAST = 2048
@@ -42,7 +42,7 @@ class IntegerBlock(nn.Module):
         fc2: Its second layer.
         heads: Their number.
         scale: Of the queries.
-        bias: Added to the scores, (heads, length, length).
+        bias: Added to the scores, (heads, length, length), by queries and keys.
         window: Size and shift of the windows; None: one window.
 
     Raises:
@@ -69,8 +69,9 @@ class IntegerBlock(nn.Module):
         spans = tuple((zero, -coder.zero, coder.most - coder.zero) for zero, coder in zip(zeros, coders, strict=True))
         factors = [coder.inverse * factor for coder, factor in zip(coders, (scale, 1, 1), strict=True)]
         self.heads_steps = qkv.in_steps(self._each_output(factors), self._each_output(zeros))
-        probabilities = pv.left if bias is None else by_row(pv.left, bias[..., :1])
-        self.attention = Attention(spans, qk.gain, bias, probabilities, pv.gain, (qk.held, pv.held), proj.change, proj.coder)
+        keys = -2 if window is not None and isinstance(pv.left, Uniform) else -1
+        bias = None if bias is None else bias.transpose(keys, -1).contiguous()
+        self.attention = Attention(spans, qk.gain, bias, keys, pv.left, pv.gain, (qk.held, pv.held), proj.change, proj.coder)
         self.register_buffer('padding', qkv.encode(qkv.gain.new_zeros(2, qkv.in_features))[:1])
 
     def _each_output(self, values: Sequence[Tensor]) -> Tensor:
@@ -142,10 +143,3 @@ def rows_of(width: int) -> int:
 def joined(parts: list[Tensor]) -> Tensor:
     """Tensors one after another; one alone is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def by_row(coder: Coder, rows: Tensor) -> Coder:
-    """A uniform coder with parameters for each row of heads, (heads, length, 1): so the loops of a compiled softmax stay together."""
-    if not isinstance(coder, Uniform):
-        return coder
-    return coder._replace(**{name: getattr(coder, name).expand(rows.shape).contiguous() for name in ('inverse', 'zero', 'scale')})

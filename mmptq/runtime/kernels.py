@@ -121,6 +121,8 @@ class Attention(NamedTuple):
             or () each.
         scale: What one of the integer scores is worth, (heads, 1, 1) or ().
         bias: Added to the scores, (heads, length, length), or for each window.
+        keys: The dimension of scores and bias that keys are along, -1, or -2: then a vector of the CPU holds one key's scores of many
+            queries, and no maximum or sum is taken within a vector, which is faster where rows are short.
         probabilities: Their coder.
         gain: What one of the integer sums of values is worth, (heads, 1, 1) or ().
         held: Columns whose sums float32 holds, of both products.
@@ -131,6 +133,7 @@ class Attention(NamedTuple):
     spans: tuple[tuple[Tensor, Tensor, Tensor], ...]
     scale: Tensor
     bias: Tensor | None
+    keys: int
     probabilities: Coder
     gain: Tensor
     held: tuple[int, int]
@@ -149,9 +152,10 @@ def attend(x: Tensor, attention: Attention) -> Tensor:
         (windows, length, heads * channels), uint8; of AdaLog float.
     """
     queries, keys, values = split_heads(x, attention.spans)
-    scores = integer_product(queries, keys.transpose(-1, -2), attention.held[0])
-    probabilities, side = softmax(scores, attention.scale, attention.bias, attention.probabilities)
-    product = integer_product(probabilities, values, attention.held[1])
+    left, right = (queries, keys) if attention.keys == -1 else (keys, queries)
+    scores = integer_product(left, right.transpose(-1, -2), attention.held[0])
+    probabilities, side = softmax(scores, attention.scale, attention.bias, attention.probabilities, attention.keys)
+    product = integer_product(probabilities.transpose(attention.keys, -1), values, attention.held[1])
     if side is not None:
         product = with_maxima(product, values, *side)
     return merge_heads(product, attention.gain, attention.change, attention.output)
@@ -185,25 +189,26 @@ def split_heads(x: Tensor, spans: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> 
 
 
 @fused()
-def softmax(scores: Tensor, scale: Tensor, bias: Tensor | None, coder: Coder) -> tuple[Tensor, Side | None]:
-    """Integers of attention probabilities.
+def softmax(scores: Tensor, scale: Tensor, bias: Tensor | None, coder: Coder, keys: int) -> tuple[Tensor, Side | None]:
+    """Integers of attention probabilities, as the scores lie.
 
     Args:
         scores: Integer products of queries and keys, (windows, heads, length, length).
         scale: What one is worth, (heads, 1, 1) or ().
         bias: Added, (heads, length, length), or for each window.
         coder: Of the probabilities.
+        keys: The dimension that keys are along, -1 for DeMax.
     """
     scores = scores * scale
     if bias is not None:
         scores = scores + bias
-    scores = scores - scores.amax(-1, keepdim=True)
+    scores = scores - scores.amax(keys, keepdim=True)
     powers = torch.where(scores > FARTHEST, scores, FARTHEST).exp()  # torch.clamp takes a CPU twice as long
     if isinstance(coder, Uniform):
-        steps = torch.round(powers * (powers * coder.scale).sum(-1, keepdim=True).reciprocal())
+        steps = torch.round(powers * (powers * coder.scale).sum(keys, keepdim=True).reciprocal())
         most = coder.most - coder.zero
         return torch.where(steps < most, steps, most), None  # none is below zero
-    probabilities = powers * powers.sum(-1, keepdim=True).reciprocal()
+    probabilities = powers * powers.sum(keys, keepdim=True).reciprocal()
     if isinstance(coder, DeMax):
         return softmax_side(probabilities, coder)
     return coder.integers(probabilities), None
