@@ -16,15 +16,19 @@ from rich.table import Table
 
 from mmptq.version import __version__
 
+INSTRUCTIONS = 'avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_int8', 'amx_bf16'
+"""Those that the speed of a product depends on."""
+
 
 def machine() -> dict[str, Any]:
     """Processor, threads and versions."""
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((line.split(':')[1].strip() for line in lines if line.startswith('model name')), platform.processor())
+    flags = next((line.split() for line in lines if line.startswith('flags')), [])
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, python=platform.python_version(),
-                mmptq=__version__, torch=torch.__version__,
+    return dict(cpu=cpu, instructions=[name for name in INSTRUCTIONS if name in flags], cores=os.cpu_count(),
+                threads=torch.get_num_threads(), gpu=gpu, python=platform.python_version(), mmptq=__version__, torch=torch.__version__,
                 **{name: import_module(name).__version__ for name in ('mmcv', 'mmengine', 'mmdet', 'mmseg')})
 
 

@@ -1,4 +1,6 @@
-"""Integer execution against float32 and against other INT8 runtimes: seconds of a forward pass, all sides in turn in every round.
+"""Integer execution against float32 and other INT8 runtimes: seconds of a forward pass, all sides in turn in every round.
+
+Each passes twice, and the second pass counts: so none pays for memory that the one before it gave back.
 
     python benchmarks/integer_speed.py [--rounds 7] [--size 800 1216] [--recipes uqvit_w4a4_fast ...] [--json FILE]
 
@@ -25,6 +27,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +146,11 @@ def openvino_int8(x: Tensor, folder: Path, **options: str) -> Callable[[], Any]:
     return lambda: request.infer({0: x.numpy()})
 
 
+def versions(*names: str) -> dict[str, str]:
+    """Of packages, where they are installed."""
+    return {name: metadata.version(name) for name in names if find_spec(name)}
+
+
 def memory(side: str, size: tuple[int, int]) -> None:
     """Prints what a model and its forward pass need, MiB: for a process of its own."""
     torch.compile(torch.neg)(torch.ones(2))
@@ -205,11 +214,12 @@ def main() -> None:
         for name, model in models.items():
             sides[f'{title} {name}'] = functools.partial(model.test_step, batch)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(options.rounds + 2):
+    for number in range(options.rounds + 1):
         for name, run in sides.items():
+            run()
             started = time.perf_counter()
             run()
-            if number >= 2:  # the first compile and warm up
+            if number:
                 seconds[name].append(time.perf_counter() - started)
 
     def speedup(side: str, base: str) -> float | None:
@@ -221,7 +231,7 @@ def main() -> None:
     mib = {name: peak_memory(name, size) for name in ('float32', W4A4)}
     about = dict(
         scope='backbone; detector, segmentor: model where not said', size=size, batch=1,
-        calibration='the image itself, of random noise', rounds=options.rounds,
+        calibration='the image itself, of random noise', rounds=options.rounds, versions=versions('onnxruntime', 'openvino', 'nncf'),
         bits={name: load_recipe(name)['bits'] for name in detectors if name != 'float32'}, missing=missing,
         paths={name: {path: list(found.values()).count(path) for path in found.values()} for name, found in paths.items()},
         speedup_w8a8_vs_float32=speedup(f'backbone {W8A8}', 'backbone float32'),
