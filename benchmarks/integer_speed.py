@@ -1,6 +1,6 @@
 """Integer execution against float32 and other INT8 runtimes: seconds of a forward pass, all sides in turn in every round.
 
-Each passes twice, and the second pass counts: so none pays for memory that the one before it gave back.
+Each side passes twice, and the second pass counts: so none pays for memory that the one before it gave back.
 
     python benchmarks/integer_speed.py [--rounds 7] [--size 800 1216] [--recipes uqvit_w4a4_fast ...] [--json FILE]
 
@@ -140,8 +140,8 @@ def nncf_int8(x: Tensor, folder: Path) -> Any:
 def openvino_int8(x: Tensor, folder: Path, **options: str) -> Callable[[], Any]:
     """OpenVINO's INT8."""
     import openvino
-    compiled = openvino.Core().compile_model(nncf_int8(x, folder), 'CPU', {'INFERENCE_NUM_THREADS': torch.get_num_threads(),
-                                                                'PERFORMANCE_HINT': 'LATENCY', **options})
+    compiled = openvino.Core().compile_model(nncf_int8(x, folder), 'CPU', {
+        'INFERENCE_NUM_THREADS': torch.get_num_threads(), 'PERFORMANCE_HINT': 'LATENCY', **options})
     request = compiled.create_infer_request()
     return lambda: request.infer({0: x.numpy()})
 
