@@ -22,6 +22,11 @@ class IntegerOp(nn.Module):
     path: str
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module, or one in it, has forward hooks, which what replaces it would not run."""
+    return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
+
+
 def input_coder(op: QuantOp) -> Uniform | AdaLog:
     """The coder of a layer's input.
 

@@ -12,7 +12,7 @@ from ..backbones.convert import replace_modules
 from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from ..quantizers import Quantizer
-from .base import IntegerOp
+from .base import IntegerOp, has_hooks
 from .conv import IntegerConv2d
 from .forms import fused_forms, is_merging
 from .linear import IntegerLinear
@@ -46,6 +46,8 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
     paths = {}
     for name, op in ops.items():
         try:
+            if has_hooks(op):
+                raise NotImplementedError('it has forward hooks')
             if isinstance(op, QuantLinear) and op in mergings:
                 reduction = IntegerLinear(op, merged_order(mergings[op].in_channels))
                 replaced[mergings[op]] = IntegerMerging(mergings[op], reduction).eval()

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backbones.fused import BLOCKS, MAPPED, MERGINGS, NORMS, BlockParts, full_name
+from .base import has_hooks
 from .blocks import IntegerBlock
 from .merging import MapNorm
 
@@ -18,7 +19,7 @@ def fused_forms(model: nn.Module) -> dict[nn.Module, nn.Module]:
         name = full_name(type(module))
         if name in MAPPED:
             norms = (norm for norm in module.children() if isinstance(norm, nn.LayerNorm))
-            forms |= {norm: MapNorm(norm) for norm in norms if full_name(type(norm)) in NORMS}
+            forms |= {norm: MapNorm(norm) for norm in norms if full_name(type(norm)) in NORMS and not has_hooks(norm)}
         if name in BLOCKS:
             try:
                 forms[module] = block_form(module, BLOCKS[name])
@@ -36,8 +37,8 @@ def block_form(block: nn.Module, parts: BlockParts) -> IntegerBlock:
     def part(name: str) -> Any:
         return _part(block, name)
 
-    if any(module._forward_hooks or module._forward_pre_hooks for module in block.modules()):
-        raise NotImplementedError('it has hooks')
+    if has_hooks(block):
+        raise NotImplementedError('it has forward hooks')
     attention, proj, fc2 = part(parts.attention), part(parts.proj), part(parts.fc2)
     others = [part(name) for name in parts.identities]
     scales = [part(name) for name in parts.scales]
@@ -72,7 +73,7 @@ def relative_position_bias(attention: Any) -> Tensor:
 
 def is_merging(module: Any) -> bool:
     """Whether a module is a patch merging with a fused form."""
-    if full_name(type(module)) not in MERGINGS:
+    if full_name(type(module)) not in MERGINGS or has_hooks(module):
         return False
     sampler = module.sampler
     return (all(value in (2, (2, 2)) for value in (sampler.kernel_size, sampler.stride)) and sampler.dilation in (1, (1, 1))

@@ -150,14 +150,21 @@ def test_a_block_with_a_part_of_another_class_is_not_fused(name, part, uncompile
     assert max(relative(a, b) for a, b in zip(backbone(IMAGES[0]), fused(IMAGES[0]), strict=True)) <= 1e-2
 
 
+@pytest.mark.parametrize('name', ['stages.0.blocks.0.ffn', 'stages.0.blocks.0.ffn.layers.1', 'stages.0.downsample',
+                                  'stages.0.downsample.norm', 'stages.0.downsample.reduction', 'norm1'])
 @torch.no_grad()
-def test_a_block_with_hooks_is_not_fused_and_runs_them(uncompiled):
+def test_what_has_hooks_is_not_replaced_and_runs_them(name, uncompiled):
     backbone = ready('mmdet swin')
-    backbone.stages[0].blocks[0].ffn.register_forward_hook(lambda module, args, output: 2 * output)
-    expected = backbone(IMAGES[0])
-    to_integer(backbone)
-    assert not isinstance(backbone.stages[0].blocks[0], IntegerBlock) and isinstance(backbone.stages[1].blocks[0], IntegerBlock)
-    assert max(relative(a, b) for a, b in zip(backbone(IMAGES[0]), expected, strict=True)) <= 1e-2
+    hooked, calls = backbone.get_submodule(name), []
+    hooked.register_forward_hook(lambda *_: calls.append(name))
+    paths = to_integer(backbone)
+    expected = ready('mmdet swin')(IMAGES[0])
+    found = backbone(IMAGES[0])
+    assert calls == [name] and backbone.get_submodule(name) is hooked
+    assert (paths.get(name) == 'simulated: it has forward hooks') == (name in paths)
+    assert not isinstance(backbone.stages[0].blocks[0], IntegerBlock) or 'blocks' not in name
+    assert isinstance(backbone.stages[1].blocks[0], IntegerBlock)
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-2
 
 
 @pytest.mark.parametrize('hw_shape', [(4, 8), None])
