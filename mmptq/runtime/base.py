@@ -1,6 +1,8 @@
 """What integer operations share: inputs and weights as integers."""
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor, nn
 
@@ -87,3 +89,8 @@ def int8_path(parts: int) -> str:
 def has_onednn(device: torch.device) -> bool:
     """Whether integer products of oneDNN are there and exact (without VNNI their 16-bit sums saturate)."""
     return device.type == 'cpu' and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels in Triton can run: on a GPU of NVIDIA's with tensor cores for int8, where the package is."""
+    return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0) and find_spec('triton') is not None

@@ -72,6 +72,8 @@ class IntegerBlock(nn.Module):
         keys = -2 if window is not None and isinstance(pv.left, Uniform) else -1
         bias = None if bias is None else bias.transpose(keys, -1).contiguous()
         self.attention = Attention(spans, qk.gain, bias, keys, pv.left, pv.gain, (qk.held, pv.held), proj.change, proj.coder)
+        self.exact = type(act) is nn.GELU and act.approximate == 'none'
+        self.hidden_codes = fc1.gelu_in_steps(fc2.coder, fc2.change) if self.exact else None
         self.register_buffer('padding', qkv.encode(qkv.gain.new_zeros(2, qkv.in_features))[:1])
 
     def _each_output(self, values: Sequence[Tensor]) -> Tensor:
@@ -85,7 +87,10 @@ class IntegerBlock(nn.Module):
             raise QuantizationError('a block got a batch of 0 images')
         if self.window is not None and (hw_shape is None or math.prod(hw_shape) != x.shape[1]):
             raise QuantizationError(f'a block got {x.shape[1]} tokens for a map of size {hw_shape}')
-        return joined([self._image(tokens, hw_shape)[None] for tokens in x.contiguous()])
+        return self._images(x.contiguous(), hw_shape)
+
+    def _images(self, x: Tensor, hw_shape: tuple[int, int] | None) -> Tensor:
+        return joined([self._image(tokens, hw_shape)[None] for tokens in x])
 
     def _image(self, x: Tensor, hw_shape: tuple[int, int] | None) -> Tensor:
         """The tokens of one image, (tokens, channels)."""
@@ -124,15 +129,16 @@ class IntegerBlock(nn.Module):
 
     def _feed_forward(self, x: Tensor) -> None:
         """Adds ``ffn(norm2(x))`` to x, (tokens, channels)."""
-        exact = type(self.act) is nn.GELU and self.act.approximate == 'none'
-        at_once = exact and self.fc1.gives_codes and self.fc2.change is None and isinstance(self.fc2.coder, Uniform)
-        codes = self.fc1.encode_normalized(self.norm2, x)
-        if at_once:
-            codes = self.fc1.codes_of_gelu(codes, self.fc2.coder)  # type: ignore[arg-type]
+        codes = self._codes_for_feed_forward(x)
+        if self.hidden_codes is not None:
+            codes = self.hidden_codes(codes)
         else:
-            hidden = self.fc1.multiply(codes, exact)
-            codes = self.fc2.encode(hidden if exact else self.act(hidden))
+            hidden = self.fc1.multiply(codes, self.exact)
+            codes = self.fc2.encode(hidden if self.exact else self.act(hidden))
         self.fc2.add_to(x, codes)
+
+    def _codes_for_feed_forward(self, x: Tensor) -> Tensor:
+        return self.fc1.encode_normalized(self.norm2, x)
 
 
 def rows_of(width: int) -> int:

@@ -12,7 +12,7 @@ from ..backbones.convert import replace_modules
 from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from ..quantizers import Quantizer
-from .base import IntegerOp, has_hooks
+from .base import IntegerOp, has_hooks, has_triton
 from .conv import IntegerConv2d
 from .forms import fused_forms, is_merging
 from .linear import IntegerLinear
@@ -28,7 +28,7 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
 
     Args:
         model: The model, in evaluation mode.
-        fuse: Whether whole blocks are replaced where a fused form is known (on a CPU).
+        fuse: Whether whole blocks are replaced where a fused form is known (on a CPU, or a GPU with Triton).
 
     Returns:
         How each operation runs, by name; ``simulated: REASON`` where it stays as it was.
@@ -40,8 +40,9 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
     ops = {name: op for name, op in model.named_modules() if isinstance(op, QuantOp)}
     _check(model, ops)
     device = next(model.parameters()).device
-    fuse = fuse and device.type == 'cpu'
-    mergings: dict[Any, Any] = {module.reduction: module for module in model.modules() if fuse and is_merging(module)}
+    triton = has_triton(device)
+    fuse = fuse and (triton or device.type == 'cpu')
+    mergings: dict[Any, Any] = {module.reduction: module for module in model.modules() if fuse and not triton and is_merging(module)}
     replaced: dict[nn.Module, nn.Module] = {}
     paths = {}
     for name, op in ops.items():

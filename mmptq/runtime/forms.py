@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..backbones.fused import BLOCKS, MAPPED, MERGINGS, NORMS, BlockParts, full_name
-from .base import has_hooks
+from .base import has_hooks, has_triton
 from .blocks import IntegerBlock
 from .merging import MapNorm
 
@@ -15,20 +15,22 @@ from .merging import MapNorm
 def fused_forms(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """What blocks and layer norms of a model, its operations converted, are replaced by."""
     forms: dict[nn.Module, nn.Module] = {}
+    triton = has_triton(next(model.parameters()).device)
+    kind = gpu_block() if triton else IntegerBlock
     for module in model.modules():
         name = full_name(type(module))
-        if name in MAPPED:
+        if name in MAPPED and not triton:
             norms = (norm for norm in module.children() if isinstance(norm, nn.LayerNorm))
             forms |= {norm: MapNorm(norm) for norm in norms if full_name(type(norm)) in NORMS and not has_hooks(norm)}
         if name in BLOCKS:
             try:
-                forms[module] = block_form(module, BLOCKS[name])
+                forms[module] = block_form(module, BLOCKS[name], kind)
             except NotImplementedError:  # some of its operations stay simulated, or it computes more
                 continue
     return forms
 
 
-def block_form(block: nn.Module, parts: BlockParts) -> IntegerBlock:
+def block_form(block: nn.Module, parts: BlockParts, kind: type[IntegerBlock]) -> IntegerBlock:
     """The fused form of a block.
 
     Raises:
@@ -54,7 +56,7 @@ def block_form(block: nn.Module, parts: BlockParts) -> IntegerBlock:
         raise NotImplementedError('its norms are no plain layer norms')
     width = proj.in_features // attention.num_heads
     windows = None if parts.windows is None else part(parts.windows)
-    form = IntegerBlock(
+    form = kind(
         part(parts.norm1), part(parts.qkv), attention.qk, attention.pv, proj, part(parts.norm2), part(parts.fc1), part(parts.act), fc2,
         attention.num_heads, getattr(attention, 'scale', width ** -0.5), None if windows is None else relative_position_bias(attention),
         None if windows is None else (windows.window_size, windows.shift_size))
@@ -62,6 +64,12 @@ def block_form(block: nn.Module, parts: BlockParts) -> IntegerBlock:
         if gamma is not None:
             layer.scale_outputs(gamma.detach())
     return form
+
+
+def gpu_block() -> type[IntegerBlock]:
+    """That of a GPU, whose file needs Triton."""
+    from .gpu import GpuBlock
+    return GpuBlock
 
 
 def relative_position_bias(attention: Any) -> Tensor:

@@ -43,15 +43,20 @@ class Windows(NamedTuple):
 
 
 @functools.lru_cache(64)
-def shifted(height: int, width: int, size: int, shift: int, device: torch.device) -> Windows:
-    """Swin's windows of a map (height, width): padded below and on the right, rolled by ``shift``, cut into ``size`` x ``size``."""
+def places(height: int, width: int, size: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Swin's windows of a map (height, width): padded below and on the right, rolled by ``shift``, cut into ``size`` x ``size``.
+
+    Returns:
+        The token at each place of each window, behind the last one the padding; and its region, int32, (windows, size * size) both. Only
+        tokens of the same region see each other.
+    """
     rows, columns = -(-height // size) * size, -(-width // size) * size
-    token = torch.full((rows, columns), height * width, device=device)
+    token = torch.full((rows, columns), height * width, device=device, dtype=torch.int32)
     token[:height, :width] = torch.arange(height * width, device=device).view(height, width)
-    region = torch.zeros(rows, columns, device=device)
+    region = torch.zeros_like(token)
     if shift:
         token = token.roll((-shift, -shift), (0, 1))
-        row, column = (torch.zeros(length, device=device) for length in (rows, columns))
+        row, column = (torch.zeros(length, device=device, dtype=torch.int32) for length in (rows, columns))
         for line in (row, column):
             line[-size:-shift] = 1
             line[-shift:] = 2
@@ -60,7 +65,13 @@ def shifted(height: int, width: int, size: int, shift: int, device: torch.device
     def cut(x: Tensor) -> Tensor:
         return x.view(rows // size, size, columns // size, size).transpose(1, 2).reshape(-1, size * size)
 
-    token, region = cut(token), cut(region)
+    return cut(token), cut(region)
+
+
+@functools.lru_cache(64)
+def shifted(height: int, width: int, size: int, shift: int, device: torch.device) -> Windows:
+    """:func:`places` in groups."""
+    token, region = places(height, width, size, shift, device)
     apart = region[:, None, :, None] != region[:, None, None, :]
     edge = apart.flatten(1).any(1)
     groups = [Group(_twice(token[~edge]), None)] if not edge.all() else []

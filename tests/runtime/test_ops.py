@@ -18,8 +18,9 @@ from mmptq.runtime import kernels
 from mmptq.runtime.base import has_onednn, int8_parts
 from mmptq.runtime.coders import Uniform
 from mmptq.runtime.conv import IntegerConv2d
-from mmptq.runtime.linear import IntegerLinear, int_mm
+from mmptq.runtime.linear import IntegerLinear
 from mmptq.runtime.matmul import IntegerMatMul
+from mmptq.runtime.products import int_mm
 
 from ..conftest import adalog, covering, equip, rescaled
 from .conftest import whole
@@ -251,12 +252,12 @@ def test_what_becomes_of_sums_in_the_same_call(inner, out, weight_zero, onednn, 
     double = torch.zeros(40, out, dtype=torch.float64)
     layer.add_to(double, codes)
     np.testing.assert_allclose(double.detach().numpy(), expected, rtol=1e-5, atol=1e-3)
-    if layer.gives_codes:
+    if layer.at_once:
         scale, levels = float(spread.max()) / 12, 16
         coder = Uniform(torch.tensor(1 / scale), torch.tensor(2.0), levels - 1, torch.tensor(scale))
         wanted = torch.nn.functional.gelu(torch.tensor(expected)).numpy() / scale
         clear = np.abs(wanted - np.floor(wanted) - 0.5) > 1e-3
-        np.testing.assert_array_equal(layer.codes_of_gelu(codes, coder).numpy()[clear], np.clip(np.round(wanted) + 2, 0, 15)[clear])
+        np.testing.assert_array_equal(layer.gelu_in_steps(coder, None)(codes).numpy()[clear], np.clip(np.round(wanted) + 2, 0, 15)[clear])
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])

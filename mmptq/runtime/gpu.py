@@ -1,0 +1,213 @@
+"""Integer products and transformer blocks on a GPU (the kernels are in :mod:`mmptq.runtime.gpu_kernels`)."""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import IntegerBlock
+from .coders import AdaLog, Change, Coder, DeMax, Uniform
+from .gpu_kernels import ADALOG, DEMAX, KEYS, UNIFORM, attend_kernel, encode_normalized_kernel, multiply_kernel
+from .kernels import Attention
+from .linear import IntegerLinear
+from .matmul import EXACT
+from .products import Steps
+from .windows import places
+
+STRICT = dict(enable_fp_fusion=False)
+"""Multiplications and additions round one after the other, as in the simulation."""
+
+
+class GpuProduct:
+    """uint8 codes times int8 weights on tensor cores (:class:`mmptq.runtime.products.Product`).
+
+    A weight's integers that int8 does not hold become ``w + excess``, with an excess for each output, and the sums gain its product with the
+    sum of the codes. Codes of 8 bits are multiplied as ``code - 128``.
+
+    Args:
+        integers: The weight's, (out, in), of at most 255 from the least to the largest of an output.
+        zero_point: Of the codes.
+        most: The largest code.
+
+    Raises:
+        NotImplementedError: If the sums are not those of an int64 product, which is tried once.
+    """
+
+    at_once = takes_change = True
+
+    def __init__(self, integers: Tensor, zero_point: int, most: int) -> None:
+        integers = integers.to(torch.int64)
+        excess = (integers.amax(1) - 127).clamp(min=0) + (integers.amin(1) + 128).clamp(max=0)
+        self.weight = (integers - excess[:, None]).to(torch.int8).contiguous()
+        self.above = 128 if most > 127 else 0
+        self.lacking = ((self.above - zero_point) * integers.sum(1)).to(torch.int32)
+        self.excess, self.has_excess = excess.to(torch.int32), bool(excess.any())
+        self.none = torch.zeros(len(integers), device=integers.device)
+        self._check(integers, zero_point, most)
+
+    def _check(self, integers: Tensor, zero_point: int, most: int) -> None:
+        codes = torch.randint(0, most + 1, (70, integers.shape[1]), generator=torch.Generator().manual_seed(0))
+        expected = (codes - zero_point) @ integers.cpu().T
+        found = self(codes.to(torch.uint8).to(integers.device), torch.ones_like(self.none), None)
+        if not torch.equal(found.cpu(), expected.float()):
+            raise NotImplementedError('Triton has no exact product for its shape')
+
+    def __call__(self, codes: Tensor, gain: Tensor, offset: Tensor | None, steps: Steps | None = None, gelu: bool = False) -> Tensor:
+        out = gain.new_empty(len(codes), len(self.weight), dtype=torch.float32 if steps is None else torch.uint8)
+        self._run(codes, gain, offset, out, steps, gelu=gelu)
+        return out
+
+    def add_to(self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None) -> None:
+        self._run(codes, gain, offset, x, None, add=True)
+
+    def _run(self, codes: Tensor, gain: Tensor, offset: Tensor | None, out: Tensor, steps: Steps | None, gelu: bool = False,
+             add: bool = False) -> None:
+        outputs, inputs = self.weight.shape
+        rows = 128
+        columns = min(128, max(16, power_of_two(outputs)))
+        depth = next((depth for depth in (128, 64) if inputs % depth == 0), 32)
+        scale, zero, most, change = steps or Steps(1.0, 0, 255)
+        grid = (math.ceil(len(codes) / rows) * math.ceil(outputs / columns),)
+        multiply_kernel[grid](codes, self.weight, self.lacking, self.excess, gain, self.none if offset is None else offset,
+                              *(change or (self.none, self.none)), out, len(codes), 1 / scale, float(zero), float(most),
+                               outputs, inputs, rows, columns, depth, self.above, self.has_excess, gelu, add, steps is not None,
+                               change is not None, num_warps=8 if columns == 128 else 4, **STRICT)
+
+
+class GpuNorm:
+    """Codes of a layer norm.
+
+    Args:
+        norm: The layer norm.
+        change: Of its output.
+        coder: Of that.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, change: Change | None, coder: Uniform) -> None:
+        self.channels, self.eps = norm.normalized_shape[0], norm.eps
+        ones, zeros = (value(self.channels, device=coder.scale.device) for value in (torch.ones, torch.zeros))
+        self.vectors = (ones if norm.weight is None else norm.weight.detach(), zeros if norm.bias is None else norm.bias.detach(),
+                        *vectors(change, ones))
+        self.coder = float(coder.inverse), float(coder.zero), float(coder.most)
+
+    def __call__(self, x: Tensor, out: Tensor) -> None:
+        """From rows (rows, channels), contiguous float32, to uint8 in the first rows of ``out``."""
+        width = power_of_two(self.channels)
+        rows = max(1, 4096 // width)
+        encode_normalized_kernel[(math.ceil(len(x) / rows),)](x, *self.vectors, out, len(x), self.eps, *self.coder, self.channels, width, rows,
+                                                       num_warps=4, **STRICT)
+
+
+class GpuAttention:
+    """An attention between its layers.
+
+    Args:
+        attention: What it computes, with a uniform coder of its output.
+        heads: Their number.
+        channels: Of a head.
+        window: Size and shift of the windows; None: one window.
+
+    Raises:
+        NotImplementedError: For more than one maximum of DeMax, and heads of more channels than float32 has exact sums of.
+    """
+
+    def __init__(self, attention: Attention, heads: int, channels: int, window: tuple[int, int] | None) -> None:
+        if channels * 255**2 >= EXACT:
+            raise NotImplementedError(f'heads of {channels} channels')
+        self.heads, self.channels, self.window = heads, channels, window
+        coder, probabilities, device = attention.output, attention.probabilities, attention.gain.device
+        assert isinstance(coder, Uniform)
+        self.kind, more, self.last, self.half = described(probabilities)
+        rows = [value for span in attention.spans for value in span] + [attention.scale, attention.gain, *more]
+        self.rows = torch.stack([each_of(torch.as_tensor(value, dtype=torch.float32, device=device), heads) for value in rows])
+        self.table = probabilities.table.nan_to_num() if isinstance(probabilities, AdaLog) else self.rows
+        self.bias = None if attention.bias is None else attention.bias.transpose(attention.keys, -1).contiguous()
+        self.change = vectors(attention.change, torch.ones(heads * channels, device=device))
+        self.coder = float(coder.inverse), float(coder.zero), float(coder.most)
+
+    def __call__(self, steps: Tensor, images: int, hw_shape: tuple[int, int] | None) -> Tensor:
+        """From steps of queries, keys and values (images tokens + 1, 3 heads channels), the last row for padding, uint8, to codes for the
+        next layer, (images tokens, heads channels), uint8.
+        """
+        tokens = (len(steps) - 1) // images
+        out = steps.new_empty(len(steps) - 1, self.heads * self.channels)
+        if self.window is None or hw_shape is None:
+            token = region = self.rows  # not read
+            windows, length, shifted = 1, tokens, False
+        else:
+            token, region = places(*hw_shape, *self.window, steps.device)
+            (windows, length), shifted = token.shape, self.window[1] > 0
+        keys = min(KEYS, max(16, power_of_two(length)))
+        queries = min(64, keys)
+        grid = (images * windows, self.heads, math.ceil(length / queries))
+        attend_kernel[grid](steps, self.rows, self.rows if self.bias is None else self.bias, token, region, self.table, *self.change, out, images,
+                      tokens, length, windows, *self.coder, self.last, self.heads, self.channels, max(16, power_of_two(self.channels)), queries,
+                      keys, self.window is not None, self.bias is not None, shifted, self.kind, self.half, num_warps=4 if self.window is None else 8,
+                            num_stages=1 if length <= keys else 2, **STRICT)
+        return out
+
+
+class GpuBlock(IntegerBlock):
+    """A block on a GPU: all images at once, seven passes over memory.
+
+    Raises:
+        NotImplementedError: If one of its parts is not what the kernels are written for.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for layer in (self.proj, self.fc1):
+            if not isinstance(layer.coder, Uniform):
+                raise NotImplementedError(f'a kernel for {type(layer.coder).__name__} before a layer')
+        assert isinstance(self.qkv.coder, Uniform) and isinstance(self.fc1.coder, Uniform)
+        self.first = GpuNorm(self.norm1, self.qkv.change, self.qkv.coder)
+        self.second = GpuNorm(self.norm2, self.fc1.change, self.fc1.coder)
+        self.between = GpuAttention(self.attention, self.heads, self.proj.in_features // self.heads, self.window)
+
+    def _images(self, x: Tensor, hw_shape: tuple[int, int] | None) -> Tensor:
+        rows = x.view(-1, x.shape[-1]).clone()
+        codes = self.padding.new_empty(len(rows) + 1, self.qkv.in_features)
+        codes[-1:] = self.padding
+        self.first(rows, codes)
+        attended = self.between(self.heads_steps(codes), len(x), hw_shape)
+        self.proj.add_to(rows, attended)
+        self._feed_forward(rows)
+        return rows.view(x.shape)
+
+    def _codes_for_feed_forward(self, x: Tensor) -> Tensor:
+        codes = self.padding.new_empty(len(x), self.fc1.in_features)
+        self.second(x, codes)
+        return codes
+
+
+def described(coder: Coder) -> tuple[int, tuple[Tensor | float, Tensor | float], float, bool]:
+    """Of a coder of probabilities: its kind, two numbers for each head, its last code, and whether side data are float16.
+
+    Raises:
+        NotImplementedError: For other kinds, and for more than one maximum of DeMax.
+    """
+    if isinstance(coder, Uniform):
+        return UNIFORM, (coder.scale, coder.most - coder.zero), float(coder.most), False
+    if isinstance(coder, AdaLog):
+        return ADALOG, (coder.full.reciprocal(), coder.rate), float(coder.last), False
+    if isinstance(coder, DeMax) and coder.maxima == 1:
+        return DEMAX, (0.0, 0.0), float(coder.most), coder.half
+    raise NotImplementedError('two or more maxima of DeMax' if isinstance(coder, DeMax) else 'float probabilities')
+
+
+def vectors(change: Change | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor and shift of a change for each channel of a vector; without a change one and zero."""
+    return (torch.ones_like(like), torch.zeros_like(like)) if change is None else (each_of(change.factor, len(like)),
+                                                                                    each_of(change.shift, len(like)))
+
+
+def each_of(values: Tensor, count: int) -> Tensor:
+    """One value for each of so many, (count,), from these or from one."""
+    return values.reshape(-1).expand(count).contiguous()
+
+
+def power_of_two(number: int) -> int:
+    """The next one that is not less."""
+    return 1 << (number - 1).bit_length()
