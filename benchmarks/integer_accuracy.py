@@ -1,6 +1,6 @@
 """Accuracy of one quantized model, simulated in float32 and float64 and run in integers: the same checkpoint and images.
 
-    python benchmarks/integer_accuracy.py CONFIG CHECKPOINT [--recipes minmax_w8a8 adalog_w4a4_fast ...] [--json FILE]
+    python benchmarks/integer_accuracy.py CONFIG CHECKPOINT [--recipes minmax_w8a8 adalog_w4a4_fast ...] [--cfg-options ...] [--json FILE]
 
 float64 is what both float32 and integers round: how far float32 is from it is what the simulation's own rounding does.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common import parser, report
+from mmengine.config import DictAction
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -44,21 +45,24 @@ def main() -> None:
     args.add_argument('checkpoint')
     args.add_argument('--recipes', nargs='+', default=['minmax_w8a8', 'adalog_w4a4_fast', 'uqvit_w4a4_fast'])
     args.add_argument('--calib-images', type=int, default=32)
+    args.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, help='changes of the config, as of its test images')
     options = args.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for recipe in options.recipes:
             work_dir = Path(folder) / recipe
             first = quantize(options.config, options.checkpoint, recipe, work_dir=str(work_dir), calib_images=options.calib_images,
-                             float_eval=False)
+                             float_eval=False, cfg_options=options.cfg_options)
             made = str(work_dir / 'quantized.pth')
             double = load_config(options.config)
+            double.merge_from_dict(options.cfg_options)
             double.custom_hooks = [dict(type='DoubleBackbone', priority='LOWEST')]
             results = {'simulated, float64': quantize(double, made, work_dir=str(work_dir / 'double'), float_eval=False),
                        'simulated, float32': first,
-                       'integer': quantize(options.config, made, work_dir=str(work_dir / 'integer'), float_eval=False, backend='integer')}
+                       'integer': quantize(options.config, made, work_dir=str(work_dir / 'integer'), float_eval=False, backend='integer',
+                                           cfg_options=options.cfg_options)}
             rows += [row(recipe, backend, summary['quantized']) for backend, summary in results.items()]
-    about = dict(config=Path(options.config).name, scope=first['scope'], calibration=first['calibration'])
+    about = dict(config=Path(options.config).name, changes=options.cfg_options, scope=first['scope'], calibration=first['calibration'])
     report(f'{Path(options.config).stem}, simulated and in integers', rows, about, options.json)
 
 

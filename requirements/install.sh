@@ -51,6 +51,10 @@ if ! "$venv/bin/python" -c 'import mmcv.ops' 2>/dev/null; then
 fi
 pip install --quiet -r requirements/stack.txt
 pip install --quiet --no-build-isolation -e '.[test]'
+if ! "$venv/bin/python" -c 'import triton' 2>/dev/null; then
+    pip install --quiet -r requirements/triton.txt \
+        || echo "install: no Triton for this platform: tests of the kernels for a GPU will be skipped" >&2
+fi
 rm -rf "$venv/timm"
 pip install --quiet --no-deps --target "$venv/timm" -r requirements/timm.txt
 "$venv/bin/python" -c 'import mmcv.ops, mmdet, mmseg, mmptq' || fail "the installed stack does not import, see above."

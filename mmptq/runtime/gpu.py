@@ -11,7 +11,6 @@ from .blocks import IntegerBlock
 from .coders import AdaLog, Change, Coder, DeMax, Uniform
 from .gpu_kernels import ADALOG, DEMAX, KEYS, UNIFORM, attend_kernel, encode_normalized_kernel, multiply_kernel
 from .kernels import Attention
-from .linear import IntegerLinear
 from .matmul import EXACT
 from .products import Steps
 from .windows import places
@@ -23,8 +22,8 @@ STRICT = dict(enable_fp_fusion=False)
 class GpuProduct:
     """uint8 codes times int8 weights on tensor cores (:class:`mmptq.runtime.products.Product`).
 
-    A weight's integers that int8 does not hold become ``w + excess``, with an excess for each output, and the sums gain its product with the
-    sum of the codes. Codes of 8 bits are multiplied as ``code - 128``.
+    A weight's integers that int8 does not hold become ``w + excess``, with an excess for each output, and the sums gain its product with
+    the sum of the codes. Codes of 8 bits are multiplied as ``code - 128``.
 
     Args:
         integers: The weight's, (out, in), of at most 255 from the least to the largest of an output.
@@ -55,11 +54,13 @@ class GpuProduct:
             raise NotImplementedError('Triton has no exact product for its shape')
 
     def __call__(self, codes: Tensor, gain: Tensor, offset: Tensor | None, steps: Steps | None = None, gelu: bool = False) -> Tensor:
+        """See :class:`mmptq.runtime.products.Product`."""
         out = gain.new_empty(len(codes), len(self.weight), dtype=torch.float32 if steps is None else torch.uint8)
         self._run(codes, gain, offset, out, steps, gelu=gelu)
         return out
 
     def add_to(self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None) -> None:
+        """See :class:`mmptq.runtime.products.Product`."""
         self._run(codes, gain, offset, x, None, add=True)
 
     def _run(self, codes: Tensor, gain: Tensor, offset: Tensor | None, out: Tensor, steps: Steps | None, gelu: bool = False,
@@ -96,8 +97,8 @@ class GpuNorm:
         """From rows (rows, channels), contiguous float32, to uint8 in the first rows of ``out``."""
         width = power_of_two(self.channels)
         rows = max(1, 4096 // width)
-        encode_normalized_kernel[(math.ceil(len(x) / rows),)](x, *self.vectors, out, len(x), self.eps, *self.coder, self.channels, width, rows,
-                                                       num_warps=4, **STRICT)
+        encode_normalized_kernel[math.ceil(len(x) / rows),](x, *self.vectors, out, len(x), self.eps, *self.coder, self.channels, width,
+                                                            rows, num_warps=4, **STRICT)
 
 
 class GpuAttention:
@@ -142,10 +143,11 @@ class GpuAttention:
         keys = min(KEYS, max(16, power_of_two(length)))
         queries = min(64, keys)
         grid = (images * windows, self.heads, math.ceil(length / queries))
-        attend_kernel[grid](steps, self.rows, self.rows if self.bias is None else self.bias, token, region, self.table, *self.change, out, images,
-                      tokens, length, windows, *self.coder, self.last, self.heads, self.channels, max(16, power_of_two(self.channels)), queries,
-                      keys, self.window is not None, self.bias is not None, shifted, self.kind, self.half, num_warps=4 if self.window is None else 8,
-                            num_stages=1 if length <= keys else 2, **STRICT)
+        attend_kernel[grid](
+            steps, self.rows, self.rows if self.bias is None else self.bias, token, region, self.table, *self.change, out, images, tokens,
+            length, windows, *self.coder, self.last, self.heads, self.channels, max(16, power_of_two(self.channels)), queries, keys,
+            self.window is not None, self.bias is not None, shifted, self.kind, self.half, num_warps=4 if self.window is None else 8,
+            num_stages=1 if length <= keys else 2, **STRICT)
         return out
 
 

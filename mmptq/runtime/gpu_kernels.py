@@ -22,21 +22,22 @@ _UNIFORM, _ADALOG, _DEMAX = (tl.constexpr(kind) for kind in (UNIFORM, ADALOG, DE
 
 
 @triton.jit
-def _round(x):  # type: ignore[no-untyped-def]
+def _round(x):
     """To the nearest integer, halves to the even one, below 2^22: a float32 has no fractions where this moves it."""
     return (x + _HALVES) - _HALVES
 
 
 @triton.jit
-def _codes(x, inverse, zero, most):  # type: ignore[no-untyped-def]
+def _codes(x, inverse, zero, most):
     """``clip(round(x / s) + z, 0, most)``; cut before it is rounded, since ``most`` and z are integers."""
     steps = tl.minimum(tl.maximum(x * inverse, -zero), most - zero)
     return (_round(steps) + zero).to(tl.uint8)
 
 
-@triton.jit
-def encode_normalized_kernel(x, weight, bias, factor, shift, out, rows, eps, inverse, zero, most,  # type: ignore[no-untyped-def]
-                       CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+@triton.jit(do_not_specialize=['rows'])
+def encode_normalized_kernel(x, weight, bias, factor, shift, out, rows, eps, inverse, zero, most,
+                             CHANNELS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Codes of the layer norm of so many rows (rows, CHANNELS), changed by a factor and a shift for each channel."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)
     known = channel < CHANNELS
@@ -50,10 +51,16 @@ def encode_normalized_kernel(x, weight, bias, factor, shift, out, rows, eps, inv
     tl.store(out + place, _codes(changed, inverse, zero, most), inside)
 
 
-@triton.jit
-def multiply_kernel(codes, weight, lacking, excess, gain, offset, factor, shift, out, rows, inverse, zero, most,  # type: ignore[no-untyped-def]
-              OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-              ABOVE: tl.constexpr, EXCESS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, STEPS: tl.constexpr, CHANGE: tl.constexpr):
+@triton.jit(do_not_specialize=['rows'])
+def multiply_kernel(codes, weight, lacking, excess, gain, offset, factor, shift, out, rows, inverse, zero, most,
+                    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+                    ABOVE: tl.constexpr, EXCESS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, STEPS: tl.constexpr,
+                    CHANGE: tl.constexpr):
+    """Codes (rows, INPUTS) times a weight (OUTPUTS, INPUTS): a tile of ROWS and COLUMNS of the output, DEPTH inputs at a time.
+
+    ``sums + lacking + excess * sum of the codes``, times ``gain``, and ``offset``; through GELU; changed by ``factor`` and ``shift``; as
+    steps, added to ``out``, or as it is. Codes are multiplied as ``code - ABOVE``, which is 0 or 128.
+    """
     across = (OUTPUTS + COLUMNS - 1) // COLUMNS  # those of the same rows follow each other, and find them in the cache
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
@@ -86,20 +93,20 @@ def multiply_kernel(codes, weight, lacking, excess, gain, offset, factor, shift,
 
 
 @triton.jit
-def _row(token, region, window, place, images, tokens, length, PER_IMAGE, WINDOWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The rows of places of a window, the one behind the last for padding; whether there is a token; and their regions."""
-    image = (window // PER_IMAGE).to(tl.int64)
+def _row(token, region, window, place, images, tokens, length, per_image, WINDOWS: tl.constexpr):
+    """The rows of places in a window, for padding the one behind the last; whether there is a token; and their regions."""
+    image = (window // per_image).to(tl.int64)
     known = place < length
     if WINDOWS:
-        index = (window % PER_IMAGE) * length + place
+        index = (window % per_image) * length + place
         found = tl.load(token + index, known, tokens)
-        row = tl.where(found < tokens, image * tokens + found, images.to(tl.int64) * tokens)
+        row = tl.where(found < tokens, image * tokens + found, images * tokens)
         return row, known & (found < tokens), tl.load(region + index, known, 0)
     return image * tokens + place, known, place
 
 
 @triton.jit
-def _integers(steps, row, part, head, heads, channel, place, length, HEADS: tl.constexpr,  # type: ignore[no-untyped-def]
+def _integers(steps, row, part, head, heads, channel, place, length, HEADS: tl.constexpr,
               CHANNELS: tl.constexpr, TYPE: tl.constexpr):
     """Queries (part 0), keys (1) or values (2) of rows, (rows, channels); zeros beyond both."""
     inside = (place < length)[:, None] & (channel < CHANNELS)[None, :]
@@ -110,7 +117,7 @@ def _integers(steps, row, part, head, heads, channel, place, length, HEADS: tl.c
 
 
 @triton.jit
-def _scores(query, key, scale, bias, head, place, other, region, beside, length,  # type: ignore[no-untyped-def]
+def _scores(query, key, scale, bias, head, place, other, region, beside, length,
             BIAS: tl.constexpr, MASK: tl.constexpr):
     """Scores of queries and keys; of keys beyond the last one minus infinity."""
     scores = tl.dot(query, tl.trans(key)) * scale
@@ -122,11 +129,45 @@ def _scores(query, key, scale, bias, head, place, other, region, beside, length,
     return tl.where(inside, scores, float('-inf'))
 
 
-@triton.jit
-def attend_kernel(steps, heads, bias, token, region, table, factor, shift, out, images, tokens, length, per_image,  # type: ignore[no-untyped-def]
-            inverse, zero, most, last,
-            HEADS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-            WINDOWS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KIND: tl.constexpr, HALF: tl.constexpr):
+@triton.jit(do_not_specialize=['images', 'tokens', 'length', 'per_image'])
+def attend_kernel(steps, heads, bias, token, region, table, factor, shift, out, images, tokens, length, per_image,
+                  inverse, zero, most, last,
+                  HEADS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+                  WINDOWS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KIND: tl.constexpr, HALF: tl.constexpr):
+    """An attention of one head, window and piece of queries: from steps of queries, keys and values to codes of its output.
+
+    Two passes over pieces of keys: the first for what a softmax and DeMax need of a whole row, the second for the product.
+
+    Args:
+        steps: (images tokens + 1, 3 HEADS CHANNELS), uint8; the last row is that of padding.
+        heads: For each head the zero, the lowest and the highest integer of queries, keys and values, what a score and what a sum is worth,
+            and two numbers of the probabilities' coder, (13, HEADS).
+        bias: Added to the scores, (HEADS, length, length).
+        token: The token at each place of each window, (per_image, length).
+        region: Its region.
+        table: AdaLog's values.
+        factor: Of the output's change, (HEADS CHANNELS,).
+        shift: The same.
+        out: (images tokens, HEADS CHANNELS), uint8.
+        images: Their number.
+        tokens: Of an image.
+        length: Of a window.
+        per_image: Windows.
+        inverse: Of the output's coder 1 / s.
+        zero: Its z.
+        most: Its largest code.
+        last: The largest code of the probabilities.
+        HEADS: Their number.
+        CHANNELS: Of a head.
+        WIDTH: The power of two that they fit into.
+        QUERIES: Of a piece.
+        KEYS: Of a piece.
+        WINDOWS: Whether there are windows; else each image is one.
+        BIAS: Whether there is one.
+        MASK: Whether regions do not see each other.
+        KIND: Of the probabilities' coder.
+        HALF: Whether DeMax's side data are float16.
+    """
     window, head = tl.program_id(0), tl.program_id(1)
     place = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
     channel = tl.arange(0, WIDTH)

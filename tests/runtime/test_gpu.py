@@ -56,8 +56,8 @@ def clear(values):
 
 
 @settings(max_examples=25)
-@given(seed=st.integers(0, 2**31), bits=st.integers(2, 8), weight_bits=st.integers(2, 8), rows=st.integers(1, 140), inner=st.integers(1, 140),
-       out=st.integers(1, 140), zero=st.floats(0, 1), ends=st.booleans())
+@given(seed=st.integers(0, 2**31), bits=st.integers(2, 8), weight_bits=st.integers(2, 8), rows=st.integers(1, 140),
+       inner=st.integers(1, 140), out=st.integers(1, 140), zero=st.floats(0, 1), ends=st.booleans())
 def test_sums_are_exact(seed, bits, weight_bits, rows, inner, out, zero, ends):
     """For all widths, shapes, zero points at the ends and between; codes and weights that are all at their ends too."""
     zero, most = round(zero * (2**bits - 1)), 2**bits - 1
@@ -131,10 +131,11 @@ def test_attention_is_that_of_the_cpu(kind, case):
     """With padding, regions and biases by window, two images; rows of more than one piece."""
     heads, channels, images = 3, 20, 2
     window = {'windows': (7, 0), 'shifted windows': (7, 3), 'a map smaller than its windows': (7, 3)}.get(case)
-    size = {'windows': (9, 15), 'shifted windows': (15, 9), 'a map smaller than its windows': (5, 4), 'short rows': (1, 5)}.get(case, (15, 13))
+    sizes = {'windows': (9, 15), 'shifted windows': (15, 9), 'a map smaller than its windows': (5, 4), 'short rows': (1, 5)}
+    size = sizes.get(case, (15, 13))
     tokens = size[0] * size[1]
-    spans = tuple((torch.tensor([z, z + 2.0, z]).view(3, 1, 1).to(DEVICE), -torch.tensor(100.0).to(DEVICE), torch.tensor(110.0).to(DEVICE))
-                  for z in (128.0, 120.0, 126.0))
+    low, high = (torch.tensor(value, device=DEVICE) for value in (-100.0, 110.0))
+    spans = tuple((torch.tensor([z, z + 2, z], device=DEVICE).view(3, 1, 1), low, high) for z in (128.0, 120.0, 126.0))
     bias = None if window is None else rand(heads, 49, 49)
     keys = -2 if window is not None and kind.startswith('uniform') else -1
     layer_change = Change(rand(heads * channels, seed=5).abs() + 0.5, rand(heads * channels, seed=6) / 10)
@@ -210,7 +211,8 @@ def test_a_whole_backbone_and_its_batch(triton):
 
 
 def test_two_maxima_and_wide_heads_have_no_kernel():
-    attention = kernels.Attention(((0, 0, 0),) * 3, torch.ones(1), None, -1, DeMax(15, 2, True), torch.ones(1), (1, 1), None, uniform(1, 0, 8))
+    attention = kernels.Attention(((0, 0, 0),) * 3, torch.ones(1), None, -1, DeMax(15, 2, True), torch.ones(1), (1, 1), None,
+                                  uniform(1, 0, 8))
     with pytest.raises(NotImplementedError, match='two or more maxima'):
         gpu.GpuAttention(attention, 1, 8, None)
     with pytest.raises(NotImplementedError, match='heads of 300 channels'):
@@ -237,6 +239,8 @@ class Launched:
         signature, constants, attributes = {}, {}, {}
         for number, (parameter, value) in enumerate(zip(self.kernel.params, values, strict=True)):
             kind = value.dtype if isinstance(value, torch.Tensor) else type(value)
+            # Otherwise 1 would be a constant, and sizes compiled for.
+            assert kind is not int or parameter.is_constexpr or parameter.do_not_specialize
             signature[parameter.name] = 'constexpr' if parameter.is_constexpr else TYPES[kind]
             if parameter.is_constexpr:
                 constants[parameter.name] = value
