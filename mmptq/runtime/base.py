@@ -93,4 +93,5 @@ def has_onednn(device: torch.device) -> bool:
 
 def has_triton(device: torch.device) -> bool:
     """Whether kernels in Triton can run: on a GPU of NVIDIA's with tensor cores for int8, where the package is."""
-    return device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0) and find_spec('triton') is not None
+    return (device.type == 'cuda' and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+            and find_spec('triton') is not None)

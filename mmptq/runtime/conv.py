@@ -7,13 +7,17 @@ from torch import Tensor
 
 from ..errors import QuantizationError
 from ..layers import QuantConv2d
-from .base import IntegerOp, has_onednn, input_coder, int8_parts, integer_weight, with_more, with_sums
+from .base import IntegerOp, has_onednn, has_triton, input_coder, int8_parts, integer_weight, with_more, with_sums
 from .coders import Uniform
 from .kernels import encode
+from .products import Product
 
 
 class IntegerConv2d(IntegerOp):
-    """A convolution: uint8 codes times int8 weights, int32 sums; weights as in :class:`IntegerLinear`."""
+    """A convolution: uint8 codes times int8 weights, int32 sums; weights as in :class:`IntegerLinear`.
+
+    By oneDNN; on a GPU as a product of the weight with receptive fields, which are copied for it.
+    """
 
     bias: Tensor | None
 
@@ -21,20 +25,31 @@ class IntegerConv2d(IntegerOp):
         super().__init__()
         self.coder = input_coder(op)
         integers, scale, _ = integer_weight(op)
-        parts = int8_parts(integers)
         if not isinstance(self.coder, Uniform):
             raise NotImplementedError('AdaLog before a convolution')
-        if not has_onednn(op.weight.device):
-            raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
-        if len(parts) > 1 and op.groups > 1:
-            raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
         self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
-        self.out_channels = op.out_channels
+        self.out_channels, self.kernel_size = op.out_channels, op.kernel_size
         self.padding, self.padding_mode = list(op._reversed_padding_repeated_twice), op.padding_mode
         self.zero_point = int(self.coder.zero)
         self.gain = scale * self.coder.scale
         self.register_buffer('bias', None if op.bias is None else op.bias.detach().clone())
         self.excess: Tensor | None = None
+        self.product: Product | None = None
+        if has_triton(op.weight.device):
+            if op.groups > 1:
+                raise NotImplementedError('a convolution in groups on a GPU')
+            from .gpu import GpuProduct
+            self.path, self.product = 'int8, by Triton', GpuProduct(integers.flatten(1), self.zero_point, self.coder.most)
+        elif has_onednn(op.weight.device):
+            self._prepare(op, integers)
+        else:
+            raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
+
+    def _prepare(self, op: QuantConv2d, integers: Tensor) -> None:
+        """For oneDNN."""
+        parts = int8_parts(integers)
+        if len(parts) > 1 and op.groups > 1:
+            raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
         if len(parts) == 1:
             self.path, weight = 'int8', parts[0]
         else:
@@ -60,7 +75,9 @@ class IntegerConv2d(IntegerOp):
             raise NotImplementedError('oneDNN has no exact product for its shape')
 
     def _sums(self, codes: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        """oneDNN's ``sums gain + bias`` of padded codes."""
+        """``sums gain + bias`` of padded codes."""
+        if self.product is not None:
+            return torch.cat([self._image_sums(self.product, image[None], gain, bias) for image in codes])
         alone = codes.shape[3] < self.columns + self.stride[1]
         if alone:  # outputs of one column are wrong with AMX
             codes = F.pad(codes, (0, self.stride[1]))
@@ -68,6 +85,13 @@ class IntegerConv2d(IntegerOp):
             codes.contiguous(memory_format=torch.channels_last), 1.0, self.zero_point, self.packed, gain, self.weight_zero, bias,
             self.stride, [0, 0], self.dilation, self.groups, 1.0, 0, torch.float32, 'none', [], '')
         return out[..., :1] if alone else out
+
+    def _image_sums(self, product: Product, codes: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        """Those of one image, by a product with its receptive fields."""
+        for number, (kernel, stride, dilation) in enumerate(zip(self.kernel_size, self.stride, self.dilation, strict=True)):
+            codes = codes.unfold(2 + number, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+        fields = codes.permute(0, 2, 3, 1, 4, 5).flatten(3)  # (1, height, width, channels * kernel height * kernel width)
+        return product(fields.flatten(0, 2), gain, bias).view(*fields.shape[:3], -1).permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width), in the dtype of the input."""

@@ -1,8 +1,10 @@
 """Integer products and transformer blocks on a GPU (the kernels are in :mod:`mmptq.runtime.gpu_kernels`)."""
 from __future__ import annotations
 
+import logging
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,27 @@ from .matmul import EXACT
 from .products import Steps
 from .windows import places
 
-STRICT = dict(enable_fp_fusion=False)
-"""Multiplications and additions round one after the other, as in the simulation."""
+Result = TypeVar('Result')
+
+
+def launch(kernel: Any, programs: tuple[int, ...], *args: Any, **options: int) -> None:
+    """Runs a kernel on the GPU of its first argument; multiplications and additions round one after the other, as in the simulation."""
+    with torch.cuda.device_of(args[0]):
+        kernel[programs](*args, enable_fp_fusion=False, **options)
+
+
+def tried(run: Callable[[], Result]) -> Result:
+    """What a first launch gives.
+
+    Raises:
+        NotImplementedError: If it fails: Triton's compiler raises errors of several kinds, and what a GPU lacks is known only then.
+    """
+    try:
+        return run()
+    except Exception as error:
+        reason = f'a kernel of Triton failed: {type(error).__name__}: {error}'
+        logging.getLogger('mmengine').warning(f'{reason}; what it is for runs without it')
+        raise NotImplementedError(reason) from error
 
 
 class GpuProduct:
@@ -47,10 +68,10 @@ class GpuProduct:
         self._check(integers, zero_point, most)
 
     def _check(self, integers: Tensor, zero_point: int, most: int) -> None:
-        codes = torch.randint(0, most + 1, (70, integers.shape[1]), generator=torch.Generator().manual_seed(0))
-        expected = (codes - zero_point) @ integers.cpu().T
-        found = self(codes.to(torch.uint8).to(integers.device), torch.ones_like(self.none), None)
-        if not torch.equal(found.cpu(), expected.float()):
+        codes = torch.randint(0, most + 1, (70, integers.shape[1]), generator=torch.Generator().manual_seed(0)).to(integers.device)
+        expected = (codes - zero_point).double() @ integers.double().T
+        found = tried(lambda: self(codes.to(torch.uint8), torch.ones_like(self.none), None))
+        if not torch.equal(found, expected.float()):
             raise NotImplementedError('Triton has no exact product for its shape')
 
     def __call__(self, codes: Tensor, gain: Tensor, offset: Tensor | None, steps: Steps | None = None, gelu: bool = False) -> Tensor:
@@ -61,20 +82,28 @@ class GpuProduct:
 
     def add_to(self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None) -> None:
         """See :class:`mmptq.runtime.products.Product`."""
-        self._run(codes, gain, offset, x, None, add=True)
+        self._run(codes, gain, offset, x, None, residual=x)
+
+    def added(self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None) -> Tensor:
+        """A tensor (rows, out), contiguous float32, with the product added to it."""
+        out = torch.empty_like(x)
+        self._run(codes, gain, offset, out, None, residual=x)
+        return out
 
     def _run(self, codes: Tensor, gain: Tensor, offset: Tensor | None, out: Tensor, steps: Steps | None, gelu: bool = False,
-             add: bool = False) -> None:
+             residual: Tensor | None = None) -> None:
         outputs, inputs = self.weight.shape
-        rows = 128
-        columns = min(128, max(16, power_of_two(outputs)))
-        depth = next((depth for depth in (128, 64) if inputs % depth == 0), 32)
+        rows, depth = 128, 128 if inputs % 128 == 0 else 64 if inputs % 64 == 0 else 32
+        if inputs <= 128:
+            depth = max(32, power_of_two(inputs))
+        most_columns = 128 if inputs >= 384 else 64  # with fewer inputs other programs have to hide what a tile waits for
+        columns = min(most_columns, max(16, power_of_two(outputs)))
         scale, zero, most, change = steps or Steps(1.0, 0, 255)
-        grid = (math.ceil(len(codes) / rows) * math.ceil(outputs / columns),)
-        multiply_kernel[grid](codes, self.weight, self.lacking, self.excess, gain, self.none if offset is None else offset,
-                              *(change or (self.none, self.none)), out, len(codes), 1 / scale, float(zero), float(most),
-                               outputs, inputs, rows, columns, depth, self.above, self.has_excess, gelu, add, steps is not None,
-                               change is not None, num_warps=8 if columns == 128 else 4, **STRICT)
+        launch(multiply_kernel, (math.ceil(len(codes) / rows) * math.ceil(outputs / columns),),
+               codes.contiguous(), self.weight, self.lacking, self.excess, gain, self.none if offset is None else offset,
+               *(change or (self.none, self.none)), self.none if residual is None else residual, out, len(codes), 1 / scale, float(zero),
+               float(most), outputs, inputs, rows, columns, depth, self.above, self.has_excess, gelu, residual is not None,
+               steps is not None, change is not None, num_warps=8 if columns == 128 else 4)
 
 
 class GpuNorm:
@@ -97,8 +126,8 @@ class GpuNorm:
         """From rows (rows, channels), contiguous float32, to uint8 in the first rows of ``out``."""
         width = power_of_two(self.channels)
         rows = max(1, 4096 // width)
-        encode_normalized_kernel[math.ceil(len(x) / rows),](x, *self.vectors, out, len(x), self.eps, *self.coder, self.channels, width,
-                                                            rows, num_warps=4, **STRICT)
+        launch(encode_normalized_kernel, (math.ceil(len(x) / rows),), x, *self.vectors, out, len(x), self.eps, *self.coder, self.channels,
+               width, rows, num_warps=4)
 
 
 class GpuAttention:
@@ -140,14 +169,15 @@ class GpuAttention:
         else:
             token, region = places(*hw_shape, *self.window, steps.device)
             (windows, length), shifted = token.shape, self.window[1] > 0
-        keys = min(KEYS, max(16, power_of_two(length)))
+        width = max(16, power_of_two(self.channels))
+        keys = min(KEYS, max(16, 8192 // width), max(16, power_of_two(length)))  # more would not fit into a GPU's shared memory
         queries = min(64, keys)
-        grid = (images * windows, self.heads, math.ceil(length / queries))
-        attend_kernel[grid](
-            steps, self.rows, self.rows if self.bias is None else self.bias, token, region, self.table, *self.change, out, images, tokens,
-            length, windows, *self.coder, self.last, self.heads, self.channels, max(16, power_of_two(self.channels)), queries, keys,
-            self.window is not None, self.bias is not None, shifted, self.kind, self.half, num_warps=4 if self.window is None else 8,
-            num_stages=1 if length <= keys else 2, **STRICT)
+        staged = self.kind != ADALOG and length > keys  # Triton 3.6 cannot pipeline a product with looked-up values
+        launch(attend_kernel, (images * windows, self.heads, math.ceil(length / queries)),
+               steps, self.rows, self.rows if self.bias is None else self.bias, token, region, self.table, *self.change, out,
+               images, tokens, length, windows, *self.coder, self.last,
+               self.heads, self.channels, width, queries, keys, self.window is not None, self.bias is not None, shifted, self.kind,
+               self.half, 0 if self.window is None else length, num_warps=4, num_stages=2 if staged else 1)
         return out
 
 
@@ -167,16 +197,18 @@ class GpuBlock(IntegerBlock):
         self.first = GpuNorm(self.norm1, self.qkv.change, self.qkv.coder)
         self.second = GpuNorm(self.norm2, self.fc1.change, self.fc1.coder)
         self.between = GpuAttention(self.attention, self.heads, self.proj.in_features // self.heads, self.window)
+        size = (1, KEYS + 1) if self.window is None else (self.window[0], self.window[0])
+        tried(lambda: self._images(torch.zeros(1, math.prod(size), self.qkv.in_features, device=self.padding.device), size))
 
     def _images(self, x: Tensor, hw_shape: tuple[int, int] | None) -> Tensor:
-        rows = x.view(-1, x.shape[-1]).clone()
+        rows = x.view(-1, x.shape[-1]).float()
         codes = self.padding.new_empty(len(rows) + 1, self.qkv.in_features)
         codes[-1:] = self.padding
         self.first(rows, codes)
         attended = self.between(self.heads_steps(codes), len(x), hw_shape)
-        self.proj.add_to(rows, attended)
+        rows = self.proj.product.added(rows, attended, self.proj.gain, self.proj.offset)  # type: ignore[attr-defined]
         self._feed_forward(rows)
-        return rows.view(x.shape)
+        return rows.view(x.shape).to(x.dtype)
 
     def _codes_for_feed_forward(self, x: Tensor) -> Tensor:
         codes = self.padding.new_empty(len(x), self.fc1.in_features)

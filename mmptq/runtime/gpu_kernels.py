@@ -1,7 +1,8 @@
 """Kernels of the integer runtime for a GPU, in Triton: codes of a layer norm, a product of codes, an attention between its layers.
 
 Each is one pass over memory. Codes are uint8, sums int32. A product of activations holds its integers in float16, which has those up to
-2048, and sums them in float32 below 2^24, so that it is exact; AdaLog's table values, of 9 bits and any power of two, in TF32.
+2048, and sums them in float32 below 2^24, so that it is exact; AdaLog's table values, of 9 bits and any power of two, in TF32, where each
+product is exact, and their sum in float32 is not.
 """
 from __future__ import annotations
 
@@ -43,41 +44,45 @@ def encode_normalized_kernel(x, weight, bias, factor, shift, out, rows, eps, inv
     known = channel < CHANNELS
     inside = (row < rows)[:, None] & known[None, :]
     place = row[:, None] * CHANNELS + channel[None, :]
-    values = tl.load(x + place, inside, 0.0)
+    values = tl.load(x + place, inside, 0.0).to(tl.float32)
     centred = tl.where(inside, values - tl.sum(values, 1)[:, None] / CHANNELS, 0.0)
-    deviation = tl.sqrt(tl.sum(centred * centred, 1) / CHANNELS + eps)
-    normed = centred / deviation[:, None] * tl.load(weight + channel, known, 0.0)[None, :] + tl.load(bias + channel, known, 0.0)[None, :]
+    factors = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, 1) / CHANNELS + eps))
+    normed = centred * factors[:, None] * tl.load(weight + channel, known, 0.0)[None, :] + tl.load(bias + channel, known, 0.0)[None, :]
     changed = normed * tl.load(factor + channel, known, 0.0)[None, :] - tl.load(shift + channel, known, 0.0)[None, :]
     tl.store(out + place, _codes(changed, inverse, zero, most), inside)
 
 
 @triton.jit(do_not_specialize=['rows'])
-def multiply_kernel(codes, weight, lacking, excess, gain, offset, factor, shift, out, rows, inverse, zero, most,
+def multiply_kernel(codes, weight, lacking, excess, gain, offset, factor, shift, residual, out, rows, inverse, zero, most,
                     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
                     ABOVE: tl.constexpr, EXCESS: tl.constexpr, GELU: tl.constexpr, ADD: tl.constexpr, STEPS: tl.constexpr,
                     CHANGE: tl.constexpr):
     """Codes (rows, INPUTS) times a weight (OUTPUTS, INPUTS): a tile of ROWS and COLUMNS of the output, DEPTH inputs at a time.
 
     ``sums + lacking + excess * sum of the codes``, times ``gain``, and ``offset``; through GELU; changed by ``factor`` and ``shift``; as
-    steps, added to ``out``, or as it is. Codes are multiplied as ``code - ABOVE``, which is 0 or 128.
+    steps, added to ``residual``, or as it is. Codes are multiplied as ``code - ABOVE``, which is 0 or 128.
     """
     across = (OUTPUTS + COLUMNS - 1) // COLUMNS  # those of the same rows follow each other, and find them in the cache
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
     known, wanted = row < rows, column < OUTPUTS
     sums = tl.zeros((ROWS, COLUMNS), tl.int32)
-    total = tl.zeros((ROWS,), tl.int32)
+    total = tl.zeros((ROWS, 16), tl.int32)  # of the codes, in each of the fewest columns that a product has
     for start in range(0, INPUTS, DEPTH):
         inner = start + tl.arange(0, DEPTH)
-        left = tl.load(codes + row[:, None] * INPUTS + inner[None, :], known[:, None] & (inner < INPUTS)[None, :], ABOVE)
+        here, there = known[:, None], wanted[None, :]
+        if INPUTS % DEPTH:  # beyond the last input the weight is zero, so that codes are nothing there
+            here, there = here & (inner < INPUTS)[None, :], there & (inner < INPUTS)[:, None]
+        left = tl.load(codes + row[:, None] * INPUTS + inner[None, :], here, 0)
         left = (left ^ ABOVE).to(tl.int8, bitcast=True)  # code - 128 where codes have 8 bits
-        right = tl.load(weight + column[None, :] * INPUTS + inner[:, None], wanted[None, :] & (inner < INPUTS)[:, None], 0)
+        right = tl.load(weight + column[None, :] * INPUTS + inner[:, None], there, 0)
         sums = tl.dot(left, right, sums, out_dtype=tl.int32)
         if EXCESS:
-            total += tl.sum(left.to(tl.int32), 1)
+            total = tl.dot(left, tl.full((DEPTH, 16), 1, tl.int8), total, out_dtype=tl.int32)
     sums += tl.load(lacking + column, wanted, 0)[None, :]
     if EXCESS:
-        sums += total[:, None] * tl.load(excess + column, wanted, 0)[None, :]
+        beyond = (DEPTH - INPUTS % DEPTH) % DEPTH  # inputs that are none, -ABOVE each
+        sums += (tl.max(total, 1) + ABOVE * beyond)[:, None] * tl.load(excess + column, wanted, 0)[None, :]
     values = sums.to(tl.float32) * tl.load(gain + column, wanted, 0.0)[None, :] + tl.load(offset + column, wanted, 0.0)[None, :]
     if GELU:
         values = 0.5 * values * (1.0 + tl.math.erf(values * 0.7071067811865476))
@@ -87,7 +92,7 @@ def multiply_kernel(codes, weight, lacking, excess, gain, offset, factor, shift,
     if STEPS:
         tl.store(out + place, _codes(values, inverse, zero, most), inside)
     elif ADD:
-        tl.store(out + place, tl.load(out + place, inside, 0.0) + values, inside)
+        tl.store(out + place, tl.load(residual + place, inside, 0.0) + values, inside)
     else:
         tl.store(out + place, values, inside)
 
@@ -133,7 +138,8 @@ def _scores(query, key, scale, bias, head, place, other, region, beside, length,
 def attend_kernel(steps, heads, bias, token, region, table, factor, shift, out, images, tokens, length, per_image,
                   inverse, zero, most, last,
                   HEADS: tl.constexpr, CHANNELS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-                  WINDOWS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KIND: tl.constexpr, HALF: tl.constexpr):
+                  WINDOWS: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr, KIND: tl.constexpr, HALF: tl.constexpr,
+                  LENGTH: tl.constexpr):
     """An attention of one head, window and piece of queries: from steps of queries, keys and values to codes of its output.
 
     Two passes over pieces of keys: the first for what a softmax and DeMax need of a whole row, the second for the product.
@@ -167,7 +173,10 @@ def attend_kernel(steps, heads, bias, token, region, table, factor, shift, out, 
         MASK: Whether regions do not see each other.
         KIND: Of the probabilities' coder.
         HALF: Whether DeMax's side data are float16.
+        LENGTH: That of a window if it is compiled for, which leaves no loops; else 0.
     """
+    if LENGTH:
+        length = LENGTH
     window, head = tl.program_id(0), tl.program_id(1)
     place = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)
     channel = tl.arange(0, WIDTH)
@@ -196,14 +205,15 @@ def attend_kernel(steps, heads, bias, token, region, table, factor, shift, out, 
         powers = tl.where(other[None, :] < length, tl.exp(tl.maximum(scores - grown[:, None], _FARTHEST)), 0.0)
         total = total * tl.exp(largest - grown) + tl.sum(powers, 1)
         largest = grown
+    share = tl.div_rn(1.0, total)
     if KIND == _DEMAX:
-        maximum = 1.0 / total
-        step = tl.exp(tl.maximum(next_largest - largest, _FARTHEST)) * maximum / last
+        maximum = share
+        step = tl.div_rn(tl.exp(tl.maximum(next_largest - largest, _FARTHEST)) * share, last)
         step = tl.where(next_largest == float('-inf'), 0.0, step)
         if HALF:
             maximum, step = maximum.to(tl.float16).to(tl.float32), step.to(tl.float16).to(tl.float32)
         usable = step > 1.1754943508222875e-38
-        unit = 1.0 / tl.where(usable, step, 1.0)
+        unit = tl.div_rn(1.0, tl.where(usable, step, 1.0))
         step = tl.where(usable, step, 0.0)
 
     sums = tl.zeros((QUERIES, WIDTH), tl.float32 if KIND == _ADALOG else tl.int32)
@@ -217,15 +227,15 @@ def attend_kernel(steps, heads, bias, token, region, table, factor, shift, out, 
         inside = (other < length)[None, :]
         powers = tl.where(inside, tl.exp(tl.maximum(scores - largest[:, None], _FARTHEST)), 0.0)
         if KIND == _UNIFORM:  # first: the scale; second: most - z
-            codes = _round(tl.minimum(powers * (1.0 / (total * first))[:, None], second))
+            codes = _round(tl.minimum(powers * tl.div_rn(1.0, total * first)[:, None], second))
             sums += tl.dot(codes.to(tl.float16), value).to(tl.int32)
         elif KIND == _ADALOG:  # first: 1 / s; second: -r / q
-            code = tl.minimum(tl.log2(tl.minimum(powers / total[:, None] * first, 1.0)) * second, last)
+            code = tl.minimum(tl.log2(tl.minimum(powers * share[:, None] * first, 1.0)) * second, last)
             known = tl.load(table + _round(code).to(tl.int32))
             sums += tl.dot(tl.where(inside, known, 0.0), value.to(tl.float32), input_precision='tf32')
         else:
             chosen = other[None, :] == position[:, None]
-            probabilities = tl.where(chosen, 0.0, powers / total[:, None])
+            probabilities = tl.where(chosen, 0.0, powers * share[:, None])
             codes = _round(tl.minimum(probabilities * unit[:, None], last))
             sums += tl.dot(codes.to(tl.float16), value).to(tl.int32)
             taken += tl.dot(chosen.to(tl.float16), value)

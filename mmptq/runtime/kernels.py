@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import shutil
@@ -43,7 +44,9 @@ def fused(rows: int = 1) -> Callable[[Function], Function]:
         def compiled() -> Any:
             # Without precise casts, a rounding to float16 is optimized away.
             options = {'emulate_precision_casts': True}
-            return torch.compile(function, dynamic=False, recompile_limit=256, options=options)  # type: ignore[call-overload]
+            # Before torch 2.13 there is no limit to set but that of the whole process, and what is beyond it runs uncompiled.
+            limit = {'recompile_limit': 256} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
+            return torch.compile(function, dynamic=False, options=options, **limit)  # type: ignore[call-overload]
 
         @functools.wraps(function)
         def call(x: Tensor, *args: Any) -> Any:

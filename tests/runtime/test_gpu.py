@@ -3,6 +3,7 @@
 The references are an int64 product, torch's layer norm, and the attention that the CPU runs.
 """
 import json
+import logging
 import subprocess
 import sys
 
@@ -14,22 +15,25 @@ from torch import nn
 
 pytest.importorskip('triton', reason='needs Triton (requirements/triton.txt)')
 
-from mmptq.runtime import base, convert, forms, gpu, kernels, linear, to_integer
+from mmptq.layers import QuantConv2d
+from mmptq.runtime import base, conv, convert, forms, gpu, kernels, linear, to_integer
 from mmptq.runtime.coders import AdaLog, Change, DeMax, Uniform
 from mmptq.runtime.products import Steps
 from mmptq.runtime.windows import places
 
-from .conftest import IMAGES, RECIPES, ready
+from ..conftest import equip
+from .conftest import IMAGES, RECIPES, ready, whole
 from .test_blocks import agree, block_calls, first, relative
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 pytestmark = pytest.mark.usefixtures('uncompiled')
+torch.backends.cudnn.allow_tf32 = False  # the simulation's convolutions
 
 
 @pytest.fixture
 def triton(monkeypatch):
     """The choice that a GPU makes, wherever the tensors are."""
-    for module in (base, convert, forms, linear):
+    for module in (base, conv, convert, forms, linear):
         monkeypatch.setattr(module, 'has_triton', lambda device: True)
 
 
@@ -80,6 +84,7 @@ def test_what_a_product_does_with_its_sums(bits):
     torch.testing.assert_close(product(codes, gain, offset).double(), expected, rtol=1e-6, atol=1e-6)
     total = rand(50, 48, seed=2)
     before = total.clone()
+    assert torch.equal(product.added(total, codes, gain, offset), before + product(codes, gain, offset)) and torch.equal(total, before)
     product.add_to(total, codes, gain, offset)
     torch.testing.assert_close(total.double(), before + expected, rtol=1e-6, atol=1e-6)
     through = nn.functional.gelu(expected)
@@ -181,6 +186,23 @@ def reference(split, attention):
     return out * attention.change.factor - attention.change.shift
 
 
+@pytest.mark.parametrize('kernel, stride, padding, dilation, mode', [((1, 1), 1, 0, 1, 'zeros'), ((3, 2), 2, 1, 1, 'zeros'),
+                                                                     ((2, 3), 1, (2, 1), 2, 'reflect'), ((4, 4), 4, 0, 1, 'zeros')])
+@torch.no_grad()
+def test_a_convolution_is_that_of_the_simulation(kernel, stride, padding, dilation, mode, triton):
+    """As a product with receptive fields; weights that int8 does not hold among them."""
+    op = QuantConv2d.from_float(nn.Conv2d(5, 7, kernel, stride, padding, dilation, padding_mode=mode))
+    op.weight.data = torch.randint(-90, 166, op.weight.shape, generator=generator(1)).float()
+    equip(op, input=whole(0.5, 90, 8), weight=whole(1, [90] * 7, 8, axis=-4)).to(DEVICE)
+    x = rand(2, 5, 13, 11) * 40
+    converted = conv.IntegerConv2d(op)
+    assert converted.path == 'int8, by Triton'
+    torch.testing.assert_close(converted(x), op(x), rtol=1e-6, atol=1e-2)
+    grouped = equip(QuantConv2d.from_float(nn.Conv2d(4, 4, 1, groups=2)), input=whole(1, 0, 8), weight=whole(1, [8] * 4, 4, axis=-4))
+    with pytest.raises(NotImplementedError, match='in groups on a GPU'):
+        conv.IntegerConv2d(grouped)
+
+
 @pytest.mark.parametrize('recipe', RECIPES)
 @pytest.mark.parametrize('name', ['mmdet swin', 'mmseg vit', 'timm vit scaled'])
 @torch.no_grad()
@@ -191,7 +213,7 @@ def test_every_block_is_that_of_the_simulation(name, recipe, triton):
     converted = ready(name, recipe).to(DEVICE)
     paths = to_integer(converted)
     assert any(isinstance(module, gpu.GpuBlock) for module in converted.modules())
-    assert 'int8, by Triton' in paths.values() and not any('_int_mm' in path for path in paths.values())
+    assert {path for path in paths.values() if 'AdaLog' not in path} <= {'int8, by Triton', 'integers, exact in float32'}
     for block, (args, kwargs, expected) in calls.items():
         assert agree(first(converted.get_submodule(block)(*args, **kwargs)), first(expected), args[0]), block
 
@@ -206,8 +228,8 @@ def test_a_whole_backbone_and_its_batch(triton):
     errors = [relative(a, b) for a, b in zip(outputs, backbone(x), strict=True)]
     assert max(errors) <= 5e-2, errors
     for number in range(2):
-        for whole, single in zip(outputs, converted(x[number:number + 1]), strict=True):
-            torch.testing.assert_close(whole[number], single[0], rtol=1e-5, atol=1e-5)
+        for batch, single in zip(outputs, converted(x[number:number + 1]), strict=True):
+            torch.testing.assert_close(batch[number], single[0], rtol=1e-5, atol=1e-5)
 
 
 def test_two_maxima_and_wide_heads_have_no_kernel():
@@ -271,6 +293,9 @@ def swin_launches():
                                       probabilities_of(kind), torch.tensor(1e-3), (258, 258), None, uniform(0.1, 3, 8))
         steps = torch.zeros(size[0] * size[1] + 1, 3 * channels, dtype=torch.uint8)
         gpu.GpuAttention(attention, heads, channels // heads, window)(steps, 1, size)
+    wide = kernels.Attention(spans, torch.tensor(1e-4), None, -1, probabilities_of('adalog'), torch.tensor(1e-3), (258, 258), None,
+                             uniform(0.1, 3, 8))
+    gpu.GpuAttention(wide, 2, 160, None)(torch.zeros(1026, 960, dtype=torch.uint8), 1, (25, 41))
     rows, out = torch.zeros(64, channels), torch.zeros(65, channels, dtype=torch.uint8)
     gpu.GpuNorm(nn.LayerNorm(channels), None, uniform(0.1, 3, 8))(rows, out)
     for low, most, change in ((-128, 255, None), (0, 15, Change(torch.ones(4 * channels), torch.zeros(4 * channels)))):
@@ -287,10 +312,29 @@ def test_kernels_compile_for_a_gpu_to_its_integer_instructions(monkeypatch):
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout.splitlines()[-1])
     assert {row['kernel'] for row in made} == {'encode_normalized_kernel', 'multiply_kernel', 'attend_kernel'}
-    limit = {80: 163 * 1024, 90: 227 * 1024}
     for row in made:
-        assert row['size'] > 1000 and row['shared'] <= limit[row['arch']], row
+        assert row['size'] > 1000 and row['shared'] <= 99 * 1024, row  # what the smallest of these GPUs have
         if row['kernel'] == 'multiply_kernel':
             assert row['mma'] and all('.s32.s8.s8' in name for name in row['mma']), row
         if row['kernel'] == 'attend_kernel':
             assert row['mma'] and not any('bf16' in name for name in row['mma']), row
+
+
+def test_a_kernel_that_fails_leaves_the_layer_or_block_as_it_was(triton, monkeypatch, caplog):
+    """Named, and nothing half converted: what Triton's compiler or a GPU cannot do is known at the first launch."""
+    def broken(*args, **options):
+        raise RuntimeError('out of shared memory')
+
+    monkeypatch.setattr(logging.getLogger('mmengine'), 'propagate', True)
+    backbone = ready('mmdet swin')
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, 'attend_kernel', type('Broken', (), {'__getitem__': lambda *_: broken})())
+        paths = to_integer(backbone)
+    assert not any(isinstance(module, gpu.GpuBlock) for module in backbone.modules())
+    assert set(paths.values()) == {'int8, by Triton', 'integers, exact in float32'}
+    assert 'a kernel of Triton failed: RuntimeError: out of shared memory' in caplog.text
+    backbone = ready('mmdet swin')
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, 'multiply_kernel', type('Broken', (), {'__getitem__': lambda *_: broken})())
+        paths = to_integer(backbone)
+    assert 'simulated: a kernel of Triton failed: RuntimeError: out of shared memory' in paths.values()
