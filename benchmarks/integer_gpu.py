@@ -88,6 +88,12 @@ def layer_row(shape: tuple[int, int, int], layer: IntegerLinear, rounds: int, de
             'bound by': 'operations' if operations / limit[0] > moved / limit[1] else 'bytes', 'of the limit': bound / taken['int8']}
 
 
+def mask_in_dtype(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a window's attention, its mask in the type of its tokens."""
+    mask = kwargs.get('mask')
+    return args, kwargs if mask is None else {**kwargs, 'mask': mask.to(args[0].dtype)}
+
+
 @torch.no_grad()
 def main() -> None:
     """Runs the benchmark."""
@@ -97,13 +103,24 @@ def main() -> None:
     args.add_argument('--rounds', type=int, default=9)
     args.add_argument('--device', default='cuda')
     options = args.parse_args()
+    if min(options.batch, options.rounds) < 1:
+        args.error('--batch and --rounds are to be at least 1')
+    if options.device.startswith('cuda') and not torch.cuda.is_available():
+        args.error('there is no GPU; --device cpu only tries the benchmark out')
     device, size = torch.device(options.device), (options.size[0], options.size[1])
+    torch.backends.cudnn.allow_tf32 = False
     x = torch.randn(options.batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    single = built('mmdet', size, None).backbone.to(device)
+    half = copy.deepcopy(single).bfloat16()
+    for module in half.modules():
+        if hasattr(module, 'relative_position_bias_table'):  # Swin makes its mask in float32, and would go on in it
+            module.register_forward_pre_hook(mask_in_dtype, with_kwargs=True)
+    sides: dict[str, Callable[[], Any]] = {
+        'float32': functools.partial(single, x),
+        'bfloat16, torch.compile': functools.partial(torch.compile(half, dynamic=False), x.bfloat16())}
+    sides['bfloat16, torch.compile']()
     models = {name: built('mmdet', size, name).backbone.to(device) for name in (W8A8, W4A4)}
     paths = {name: to_integer(model) for name, model in models.items()}
-    half = built('mmdet', size, None).backbone.to(device)
-    sides: dict[str, Callable[[], Any]] = {'float32': functools.partial(copy.deepcopy(half), x)}
-    sides['bfloat16, torch.compile'] = functools.partial(torch.compile(half.bfloat16(), dynamic=False), x.bfloat16())
     sides |= {name: functools.partial(model, x) for name, model in models.items()}
     shapes: dict[tuple[int, int, int], IntegerLinear] = {}
 

@@ -3,8 +3,9 @@
     python benchmarks/integer_proof.py CONFIG CHECKPOINT [--recipes minmax_w8a8 adalog_w4a4_fast ...] [--images 8] [--json FILE]
 
 The backbone, calibrated on train images. `moved`: activations whose code is another one than the simulation gives to the same inputs;
-`farthest`: how far from the edge between the two codes they lie, of all images, in steps; `error`: relative error of the backbone's maps,
-the simulation with the codes of the integers, the largest of all images; `apart`: each with its own codes, the median of the images.
+`farthest`: how far from the edge between the two codes they lie, in steps; `values`: difference between what a code is worth in both, over
+the tensor's largest value; `error`: relative error of the backbone's maps, the simulation with the codes of the integers (the largest of
+all images, all three); `apart`: the same, each with its own codes, the median of the images.
 """
 from __future__ import annotations
 
@@ -34,24 +35,24 @@ def main() -> None:
     args.add_argument('--images', type=int, default=8)
     args.add_argument('--calib-images', type=int, default=32)
     options = args.parse_args()
+    if min(options.images, options.calib_images) < 1:
+        args.error('--images and --calib-images are to be at least 1')
     cfg, rows = load_config(options.config), []
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     batches = [batch for batch, _ in zip(Runner.build_dataloader(cfg.test_dataloader), range(options.images), strict=False)]
-    for recipe in options.recipes:
-        with tempfile.TemporaryDirectory() as folder:
-            made = quantize(options.config, options.checkpoint, recipe, work_dir=folder, calib_images=options.calib_images,
+    with tempfile.TemporaryDirectory() as folder:
+        for recipe in options.recipes:
+            work_dir = f'{folder}/{recipe}'
+            made = quantize(options.config, options.checkpoint, recipe, work_dir=work_dir, calib_images=options.calib_images,
                             float_eval=False, evaluate=False, pack=True)
-            model: Any = load_packed(f'{folder}/quantized.safetensors')
-        simulated = model.backbone
-        integers = copy.deepcopy(simulated)
-        to_integer(integers, fuse=False)
-        found = []
-        for batch in batches:
-            data = model.data_preprocessor(copy.deepcopy(batch), False)
-            found.append(lockstep(simulated, integers, data['inputs']))
-        rows.append(dict(recipe=recipe, codes=sum(each.codes for each in found), moved=sum(each.moved for each in found),
-                         farthest=max(each.farthest for each in found), error=max(each.error for each in found),
-                         apart=statistics.median(each.apart for each in found)))
+            model: Any = load_packed(f'{work_dir}/quantized.safetensors')
+            integers = copy.deepcopy(model.backbone)
+            to_integer(integers, fuse=False)
+            found = [lockstep(model.backbone, integers, model.data_preprocessor(copy.deepcopy(batch), False)['inputs'])
+                     for batch in batches]
+            worst = {name: float(torch.tensor([getattr(each, name) for each in found]).max()) for name in ('farthest', 'values', 'error')}
+            rows.append(dict(recipe=recipe, codes=sum(each.codes for each in found), moved=sum(each.moved for each in found), **worst,
+                             apart=statistics.median(each.apart for each in found)))
     about = dict(config=options.config.rsplit('/', 1)[-1], scope=made['scope'], images=len(batches), calibration=made['calibration'])
     report('integers and simulation in step', rows, about, options.json)
 

@@ -85,6 +85,8 @@ class IntegerBlock(nn.Module):
         """Tokens (batch, tokens, channels), of maps of a shape for windows."""
         if not len(x):
             raise QuantizationError('a block got a batch of 0 images')
+        if not x.shape[1] or x.shape[2] != self.qkv.in_features:
+            raise QuantizationError(f'a block of {self.qkv.in_features} channels got tokens of shape {tuple(x.shape)}')
         if self.window is not None and (hw_shape is None or math.prod(hw_shape) != x.shape[1]):
             raise QuantizationError(f'a block got {x.shape[1]} tokens for a map of size {hw_shape}')
         return self._images(x.contiguous(), hw_shape)

@@ -10,7 +10,7 @@ from ..layers import QuantConv2d
 from .base import IntegerOp, has_onednn, has_triton, input_coder, int8_parts, integer_weight, with_more, with_sums
 from .coders import Uniform
 from .kernels import encode
-from .products import Product
+from .products import Packed, Product
 
 
 class IntegerConv2d(IntegerOp):
@@ -28,7 +28,7 @@ class IntegerConv2d(IntegerOp):
         if not isinstance(self.coder, Uniform):
             raise NotImplementedError('AdaLog before a convolution')
         self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
-        self.out_channels, self.kernel_size = op.out_channels, op.kernel_size
+        self.in_channels, self.out_channels, self.kernel_size = op.in_channels, op.out_channels, op.kernel_size
         self.padding, self.padding_mode = list(op._reversed_padding_repeated_twice), op.padding_mode
         self.zero_point = int(self.coder.zero)
         self.gain = scale * self.coder.scale
@@ -59,8 +59,8 @@ class IntegerConv2d(IntegerOp):
             self.gain = with_more(self.gain, 1)
             self.bias = None if self.bias is None else with_more(self.bias, 0)
         self.columns = op.dilation[1] * (op.kernel_size[1] - 1) + 1  # that one output sees
-        self.packed = torch.ops.onednn.qconv_prepack(weight, torch.ones_like(self.gain), 1.0, self.zero_point, self.stride, [0, 0],
-                                                     self.dilation, self.groups, None)
+        self.packed = Packed(torch.ops.onednn.qconv_prepack(
+            weight, torch.ones_like(self.gain), 1.0, self.zero_point, self.stride, [0, 0], self.dilation, self.groups, None))
         self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
         self._check(weight)
 
@@ -82,7 +82,7 @@ class IntegerConv2d(IntegerOp):
         if alone:  # outputs of one column are wrong with AMX
             codes = F.pad(codes, (0, self.stride[1]))
         out: Tensor = torch.ops.onednn.qconv_pointwise(
-            codes.contiguous(memory_format=torch.channels_last), 1.0, self.zero_point, self.packed, gain, self.weight_zero, bias,
+            codes.contiguous(memory_format=torch.channels_last), 1.0, self.zero_point, self.packed.tensor, gain, self.weight_zero, bias,
             self.stride, [0, 0], self.dilation, self.groups, 1.0, 0, torch.float32, 'none', [], '')
         return out[..., :1] if alone else out
 
@@ -97,6 +97,11 @@ class IntegerConv2d(IntegerOp):
         """(batch, channels, height, width), in the dtype of the input."""
         if not len(x):
             raise QuantizationError('a convolution got a batch of 0 images')
+        seen = [dilation * (kernel - 1) + 1 for kernel, dilation in zip(self.kernel_size, self.dilation, strict=True)]
+        left, right, top, bottom = self.padding
+        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] + top + bottom < seen[0] or x.shape[3] + left + right < seen[1]:
+            raise QuantizationError(f'a convolution of {self.in_channels} channels, whose outputs see {seen[0]} x {seen[1]} inputs, got a '
+                                    f'tensor of shape {tuple(x.shape)}; it takes (batch, channels, height, width)')
         out = self._sums(self._padded(self.encode(x.float())), self.gain, self.bias)
         if self.excess is not None:
             out = torch.addcmul(out[:, :self.out_channels], out[:, self.out_channels, None], self.excess)

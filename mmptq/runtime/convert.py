@@ -38,7 +38,7 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
             devices.
     """
     ops = {name: op for name, op in model.named_modules() if isinstance(op, QuantOp)}
-    _check(model, ops)
+    check_ready(model, ops)
     device = next(model.parameters()).device
     triton = has_triton(device)
     fuse = fuse and (triton or device.type == 'cpu')
@@ -67,7 +67,12 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
     return paths
 
 
-def _check(model: nn.Module, ops: dict[str, QuantOp]) -> None:
+def check_ready(model: nn.Module, ops: dict[str, QuantOp]) -> None:
+    """That a model with such operations can be converted.
+
+    Raises:
+        QuantizationError: If not, see :func:`to_integer`.
+    """
     if not ops and any(isinstance(module, IntegerOp) for module in model.modules()):
         raise QuantizationError(f'{type(model).__name__} runs in integers already')
     if not ops:

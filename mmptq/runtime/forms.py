@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..backbones.fused import BLOCKS, MAPPED, MERGINGS, NORMS, BlockParts, full_name
 from .base import has_hooks, has_triton
 from .blocks import IntegerBlock
+from .linear import IntegerLinear
 from .merging import MapNorm
 
 
@@ -56,14 +57,12 @@ def block_form(block: nn.Module, parts: BlockParts, kind: type[IntegerBlock]) ->
         raise NotImplementedError('its norms are no plain layer norms')
     width = proj.in_features // attention.num_heads
     windows = None if parts.windows is None else part(parts.windows)
-    form = kind(
+    proj, fc2 = (layer if gamma is None or type(layer) is not IntegerLinear else layer.scaled(gamma.detach())
+                 for layer, gamma in zip((proj, fc2), gammas or (None, None), strict=True))
+    return kind(
         part(parts.norm1), part(parts.qkv), attention.qk, attention.pv, proj, part(parts.norm2), part(parts.fc1), part(parts.act), fc2,
         attention.num_heads, getattr(attention, 'scale', width ** -0.5), None if windows is None else relative_position_bias(attention),
         None if windows is None else (windows.window_size, windows.shift_size))
-    for layer, gamma in zip((proj, fc2), gammas, strict=False):
-        if gamma is not None:
-            layer.scale_outputs(gamma.detach())
-    return form
 
 
 def gpu_block() -> type[IntegerBlock]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import QuantizationError
 from .blocks import IntegerBlock
 from .coders import AdaLog, Change, Coder, DeMax, Uniform
 from .gpu_kernels import ADALOG, DEMAX, KEYS, UNIFORM, attend_kernel, encode_normalized_kernel, multiply_kernel
@@ -93,6 +94,9 @@ class GpuProduct:
     def _run(self, codes: Tensor, gain: Tensor, offset: Tensor | None, out: Tensor, steps: Steps | None, gelu: bool = False,
              residual: Tensor | None = None) -> None:
         outputs, inputs = self.weight.shape
+        if codes.shape[1] != inputs or out.shape != (len(codes), outputs):  # a kernel would read beyond them
+            raise QuantizationError(f'a product of {inputs} inputs and {outputs} outputs got codes of shape {tuple(codes.shape)} for a '
+                                    f'tensor of shape {tuple(out.shape)}')
         rows, depth = 128, 128 if inputs % 128 == 0 else 64 if inputs % 64 == 0 else 32
         if inputs <= 128:
             depth = max(32, power_of_two(inputs))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 
 import torch
@@ -105,12 +106,15 @@ class IntegerLinear(IntegerOp):
         else:
             x.add_(self.multiply(codes))
 
-    def scale_outputs(self, factor: Tensor) -> None:
-        """Multiplies what it computes by a factor for each output, (out,), from now on."""
+    def scaled(self, factor: Tensor) -> IntegerLinear:
+        """The layer with what it computes multiplied by a factor for each output, (out,); it shares the weight."""
+        layer = copy(self)
+        layer._buffers = dict(self._buffers)
         more = factor if self.excess is None else with_more(factor, 1)
-        self.gain = self.gain * more
-        self.offset = None if self.offset is None else self.offset * more
-        self.excess = None if self.excess is None else self.excess * factor
+        layer.gain = self.gain * more
+        layer.offset = None if self.offset is None else self.offset * more
+        layer.excess = None if self.excess is None else self.excess * factor
+        return layer
 
     def in_steps(self, factor: Tensor, zero: Tensor) -> Callable[[Tensor], Tensor]:
         """A function from codes (rows, in) to ``clip(round(factor output + zero), 0, 255)``, uint8, (rows, out).

@@ -8,7 +8,7 @@ so near to it that rounding explains it; then the outputs must agree as floats d
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,21 +20,25 @@ from ..errors import QuantizationError
 from ..layers import QuantOp
 from ..quantizers import Quantizer
 from .base import IntegerOp
+from .blocks import IntegerBlock
 from .coders import AdaLog, DeMax, Uniform
 from .conv import IntegerConv2d
+from .convert import check_ready
 from .kernels import softmax_side
 from .linear import IntegerLinear
 from .matmul import IntegerMatMul
+from .merging import IntegerMerging, MapNorm
 
 
 @dataclass
 class Agreement:
-    """How a model in integers agrees with its simulation on one input.
+    """How a model in integers agrees with its simulation on one input. NaN, where one of them has that.
 
     Attributes:
         codes: Activations that were quantized.
         moved: Those of another code than in the simulation, which had the codes of the integers up to there.
         farthest: From the edge that it went across, of all of them, in steps.
+        values: Largest difference between what a code is worth in both, over the largest value of its tensor, of those that did not move.
         error: Relative error of the outputs, the simulation with the codes of the integers.
         apart: The same, each with its own codes.
     """
@@ -42,12 +46,16 @@ class Agreement:
     codes: int = 0
     moved: int = 0
     farthest: float = 0.0
+    values: float = 0.0
     error: float = 0.0
     apart: float = 0.0
 
 
 Codes = tuple[Tensor, ...]
 """Of an operand: integers or table values; of DeMax codes, step, maxima and positions."""
+
+SAME = 1e-5
+"""Values that differ by less, over the largest of their tensor, are of the same code."""
 
 
 def lockstep(simulated: nn.Module, integers: nn.Module, *inputs: Any) -> Agreement:
@@ -59,12 +67,15 @@ def lockstep(simulated: nn.Module, integers: nn.Module, *inputs: Any) -> Agreeme
         inputs: What both are called with.
 
     Raises:
-        QuantizationError: If the second is not the first in integers, or is fused: then its codes cannot be seen.
+        QuantizationError: If the first is not a calibrated model in evaluation mode, if the second is not that in integers, or is fused:
+            then its codes cannot be seen; if they call their operations differently often.
     """
     ops = {name: op for name, op in simulated.named_modules() if isinstance(op, QuantOp)}
     converted = {name: op for name, op in integers.named_modules() if isinstance(op, IntegerOp)}
-    if not converted or not set(converted) <= set(ops):
+    fused = any(isinstance(module, IntegerBlock | IntegerMerging | MapNorm) for module in integers.modules())
+    if fused or not converted or not set(converted) <= set(ops):
         raise QuantizationError('to run in step takes a calibrated model and its copy after to_integer(copy, fuse=False)')
+    check_ready(simulated, ops)
     result, seen = Agreement(), defaultdict[str, list[Codes]](list)
     with torch.no_grad(), ExitStack() as stack:
         plain = tensors(simulated(*inputs))
@@ -73,8 +84,11 @@ def lockstep(simulated: nn.Module, integers: nn.Module, *inputs: Any) -> Agreeme
         found = tensors(integers(*inputs))
         for name, op in converted.items():
             for role, coder in coders(op).items():
-                stack.enter_context(replaced(ops[name].quantizer(role), coder, seen[f'{name}.{role}'], result))
+                stack.enter_context(replaced(ops[name].quantizer(role), coder, f'{name}.{role}', seen, result))
         stepped = tensors(simulated(*inputs))
+    left = [name for name, codes in seen.items() if codes]
+    if left:
+        raise QuantizationError(f'{left[0]} is called more often in integers than in the simulation')
     result.error, result.apart = relative(found, stepped), relative(found, plain)
     return result
 
@@ -113,22 +127,32 @@ def recorded(op: IntegerOp, name: str, seen: dict[str, list[Codes]]) -> Iterator
 
 
 @contextmanager
-def replaced(quantizer: Quantizer, coder: Uniform | AdaLog | DeMax, seen: list[Codes], result: Agreement) -> Iterator[None]:
-    """Has a quantizer give the values of codes that were seen, and compares them with its own input."""
-    left = iter(seen)
+def replaced(quantizer: Quantizer, coder: Uniform | AdaLog | DeMax, name: str, seen: dict[str, list[Codes]],
+             result: Agreement) -> Iterator[None]:
+    """Has a quantizer give the values of codes that were seen, and compares them with its own input and values."""
+    original = quantizer.forward
 
     def forward(x: Tensor, before: Any = None) -> Tensor:
-        x, codes = before(x) if before else x, next(left)
-        codes = (codes[0].reshape(x.shape), *codes[1:])
+        if not seen[name]:
+            raise QuantizationError(f'{name} is called more often in the simulation than in integers')
+        own, codes = original(x, before), seen[name].pop(0)
+        x, codes = before(x) if before else x, (codes[0].reshape(x.shape), *codes[1:])
+        values = codes[0] * coder.scale if not isinstance(coder, DeMax) else (codes[0] * codes[1]).scatter(-1, codes[3], codes[2])
+        apart = (values - own).abs() / own.abs().amax().clamp(min=torch.finfo(own.dtype).tiny)
+        edge = torch.zeros_like(x, dtype=torch.bool)  # at one or across it
         for position, code in pairs(x, codes, coder):
             beyond = (position - code).abs() - 0.5
+            moved = ~(beyond <= 0)
+            if moved.shape == x.shape:
+                moved |= (beyond == 0) & (apart > SAME)
+                edge |= moved
+            else:
+                edge |= (beyond >= 0).any(-1, keepdim=True)  # of a row's side data
             result.codes += code.numel()
-            result.moved += int((beyond > 0).sum())
-            result.farthest = max(result.farthest, float(beyond.max()))
-        if isinstance(coder, DeMax):
-            kept, step, maxima, positions = codes
-            return (kept * step).scatter(-1, positions, maxima)
-        return codes[0] * coder.scale
+            result.moved += int(moved.sum())
+            result.farthest = largest(result.farthest, beyond)
+        result.values = largest(result.values, apart.masked_fill(edge, 0))
+        return values
 
     quantizer.forward = forward  # type: ignore[method-assign]
     try:
@@ -151,12 +175,12 @@ def pairs(x: Tensor, codes: Codes, coder: Uniform | AdaLog | DeMax) -> Iterator[
         kept, step, maxima, positions = codes
         taken = x.gather(-1, positions)
         rest = x.scatter(-1, positions, 0)
-        largest = rest.amax(-1, keepdim=True)
         unit = torch.where(step > 0, step, 1)
         yield (rest / unit).clamp(max=coder.most), kept
-        yield (taken - rest.amax(-1, keepdim=True)).clamp(max=0) / unit, torch.zeros_like(taken)  # they are the largest
+        # They are the largest: past the edge, by what it is larger, where one of the rest is.
+        yield (0.5 + (rest.amax(-1, keepdim=True) - taken) / unit).clamp(min=0), torch.zeros_like(taken)
         if coder.half:
-            for value, rounded in ((largest / coder.most, step), (taken, maxima)):
+            for value, rounded in ((rest.amax(-1, keepdim=True) / coder.most, step), (taken, maxima)):
                 spacing = torch.exp2(rounded.clamp(min=2.0**-14).log2().floor() - 10)
                 yield value / spacing, rounded / spacing
 
@@ -168,10 +192,16 @@ def demax_codes(x: Tensor, coder: DeMax) -> Codes:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """Those of an output, in a sequence or alone."""
-    return [output] if isinstance(output, Tensor) else list(output)
+    """Those of an output, in a sequence or a mapping, or alone."""
+    return [output] if isinstance(output, Tensor) else list(output.values() if isinstance(output, Mapping) else output)
 
 
 def relative(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest relative error (norm of the difference over norm) of tensors."""
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+    """The largest relative error (norm of the difference over norm) of tensors; NaN if one has it."""
+    errors = [(a - b).norm() / b.norm().clamp(min=torch.finfo(b.dtype).tiny) for a, b in zip(found, expected, strict=True)]
+    return float(torch.stack(errors).max())
+
+
+def largest(so_far: float, values: Tensor) -> float:
+    """Of a number and a tensor; NaN if one has it."""
+    return float(torch.cat([values.new_tensor([so_far]), values.flatten()]).max())

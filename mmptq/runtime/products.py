@@ -1,12 +1,13 @@
 """Products of codes with a weight's integers, by what a device has for them."""
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import QuantizationError
 from .coders import Change
 
 FEWEST = 32
@@ -40,6 +41,19 @@ class Product(Protocol):
         """Adds it to a contiguous float32 tensor (rows, out), in place."""
 
 
+class Packed:
+    """A weight as oneDNN keeps it, which torch can neither copy nor save; it is never changed."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __deepcopy__(self, memo: Any) -> Packed:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise QuantizationError('a model in integers cannot be saved; save the calibrated one (quantized.pth, quantized.safetensors)')
+
+
 class OneDNN:
     """oneDNN's uint8 times int8.
 
@@ -52,7 +66,7 @@ class OneDNN:
     at_once, takes_change = True, False
 
     def __init__(self, weight: Tensor, parts: int, zero_point: int) -> None:
-        self.packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self.packed = Packed(torch.ops.onednn.qlinear_prepack(weight, None))
         self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
         self.parts, self.zero_point = parts, zero_point
 
@@ -60,14 +74,14 @@ class OneDNN:
         assert steps is None or steps.change is None
         after = (1.0, 0, torch.float32) if steps is None else (steps.scale, steps.zero, torch.uint8)
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            beside(codes, self.parts), 1.0, self.zero_point, self.packed, gain, self.weight_zero, offset, *after,
+            beside(codes, self.parts), 1.0, self.zero_point, self.packed.tensor, gain, self.weight_zero, offset, *after,
             'gelu' if gelu else 'none', [], 'none')
         return out if steps is None or steps.most == 255 else out.clamp_(max=steps.most)
 
     def add_to(self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None) -> None:
         torch.ops.onednn.qlinear_pointwise.binary(
-            beside(codes, self.parts), 1.0, self.zero_point, self.packed, gain, self.weight_zero, x, offset, 1.0, 0, torch.float32, 1.0, 0,
-            'sum', 1.0, 'none', [], '')
+            beside(codes, self.parts), 1.0, self.zero_point, self.packed.tensor, gain, self.weight_zero, x, offset, 1.0, 0, torch.float32,
+            1.0, 0, 'sum', 1.0, 'none', [], '')
 
 
 class Plain:

@@ -226,3 +226,16 @@ def test_compiled_it_is_the_same_as_not(family, recipe, monkeypatch):
                 plain = first(backbone.get_submodule(block)(*args, **kwargs))
             assert agree(first(backbone.get_submodule(block)(*args, **kwargs)), plain, args[0]), block
     assert graphs[0] < graphs[1] == graphs[3]  # a size of images is not compiled for
+
+
+@torch.no_grad()
+def test_parts_shared_by_blocks_with_different_scales(uncompiled):
+    """LayerScale belongs to the block, not to the layer that it is folded into."""
+    simulated, fused = ready('timm vit scaled'), ready('timm vit scaled')
+    for backbone in (simulated, fused):
+        blocks = [module for module in backbone.modules() if type(module).__name__ == 'Block']
+        blocks[1].attn, blocks[1].mlp = blocks[0].attn, blocks[0].mlp
+        blocks[1].ls1.gamma.data.mul_(3)
+    to_integer(fused)
+    assert sum(isinstance(module, IntegerBlock) for module in fused.modules()) == len(blocks)
+    assert max(relative(a, b) for a, b in zip(fused(IMAGES[0]), simulated(IMAGES[0]), strict=True)) <= 1e-3

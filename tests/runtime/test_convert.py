@@ -1,4 +1,5 @@
 """``to_integer``: what is replaced, what it says of it, and what it refuses."""
+import copy
 import logging
 
 import pytest
@@ -162,3 +163,25 @@ def test_a_model_that_is_not_in_float32_is_refused(dtype):
     with pytest.raises(QuantizationError, match=rf'parameters of {dtype}; integers need float32: call its float\(\) first'):
         to_integer(backbone)
     to_integer(backbone.float())
+
+
+@torch.no_grad()
+def test_a_converted_model_is_copied_and_not_saved(tmp_path):
+    backbone = ready('mmdet swin')
+    to_integer(backbone)
+    again = copy.deepcopy(backbone)
+    assert all(torch.equal(a, b) for a, b in zip(again(IMAGES[0]), backbone(IMAGES[0]), strict=True))
+    with pytest.raises(QuantizationError, match='a model in integers cannot be saved; save the calibrated one'):
+        torch.save(backbone, tmp_path / 'model.pth')
+
+
+@pytest.mark.parametrize('shape', [(1, 4, 49, 70), (3, 49, 70), (1, 3, 3, 70)])
+def test_images_that_do_not_fit_the_patch_embedding_are_named(shape):
+    backbone = ready('mmdet swin')
+    to_integer(backbone)
+    with pytest.raises(QuantizationError, match=r'a convolution of 3 channels, whose outputs see 4 x 4 inputs, got a tensor of shape'):
+        backbone.patch_embed.projection(torch.randn(shape))
+    with pytest.raises(QuantizationError, match=r'a block of 8 channels got tokens of shape \(1, 6, 9\)'):
+        backbone.stages[0].blocks[0](torch.randn(1, 6, 9), (2, 3))
+    with pytest.raises(QuantizationError, match=r'got tokens of shape \(1, 0, 8\)'):
+        backbone.stages[0].blocks[0](torch.randn(1, 0, 8), (0, 3))

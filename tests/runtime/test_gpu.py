@@ -15,6 +15,7 @@ from torch import nn
 
 pytest.importorskip('triton', reason='needs Triton (requirements/triton.txt)')
 
+from mmptq import QuantizationError
 from mmptq.layers import QuantConv2d
 from mmptq.runtime import base, conv, convert, forms, gpu, kernels, linear, to_integer
 from mmptq.runtime.coders import AdaLog, Change, DeMax, Uniform
@@ -230,6 +231,16 @@ def test_a_whole_backbone_and_its_batch(triton):
     for number in range(2):
         for batch, single in zip(outputs, converted(x[number:number + 1]), strict=True):
             torch.testing.assert_close(batch[number], single[0], rtol=1e-5, atol=1e-5)
+
+
+def test_inputs_of_another_width_are_refused():
+    """A kernel would read beyond them."""
+    product = gpu.GpuProduct(integer(-8, 8, 5, 16), 3, 15)
+    ones = torch.ones(5, device=DEVICE)
+    with pytest.raises(QuantizationError, match=r'16 inputs and 5 outputs got codes of shape \(2, 15\)'):
+        product(torch.zeros(2, 15, dtype=torch.uint8, device=DEVICE), ones, None)
+    with pytest.raises(QuantizationError, match=r'for a tensor of shape \(2, 4\)'):
+        product.add_to(torch.zeros(2, 4, device=DEVICE), torch.zeros(2, 16, dtype=torch.uint8, device=DEVICE), ones, None)
 
 
 def test_two_maxima_and_wide_heads_have_no_kernel():

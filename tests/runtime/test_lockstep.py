@@ -1,10 +1,12 @@
 """A whole model in integers is its simulation: the same codes but at edges, and with these the same outputs."""
 import copy
+import math
 
 import pytest
 import torch
 
 from mmptq import QuantizationError
+from mmptq.layers import QuantLinear
 from mmptq.runtime import to_integer
 from mmptq.runtime.coders import AdaLog, DeMax, Uniform
 from mmptq.runtime.linear import IntegerLinear
@@ -32,7 +34,7 @@ def test_whole_backbones_agree_to_1e_4_on_every_image(name, recipe):
     for seed in range(3):
         x = image(56, 56, seed=seed) if 'eva' in name else image(49, 70, seed=seed)
         found = lockstep(simulated, integers, x)
-        assert found.error <= 1e-5 and found.farthest <= 1e-3, found
+        assert found.error <= 1e-5 and found.farthest <= 1e-3 and found.values <= 1e-6, found
         assert found.codes > 1e4 and found.moved <= 1e-3 * found.codes, found
         plain = simulated(x)
         assert all(torch.equal(a, b) for a, b in zip(plain, simulated(x), strict=True))  # all is put back
@@ -50,6 +52,39 @@ def test_a_wrong_model_is_seen(recipe, layer, attribute, seen):
     setattr(module, attribute, getattr(module, attribute) * 1.01)
     found = lockstep(simulated, integers, image(49, 70))
     assert getattr(found, seen) > {'farthest': 1e-2, 'error': 1e-4}[seen], found
+
+
+@pytest.mark.parametrize('recipe, scaled', [('minmax_w8a8', lambda coder: coder._replace(scale=coder.scale * 1.01)),
+                                            ('adalog_w4a4', lambda coder: coder._replace(table=coder.table * 0.99)
+                                             if isinstance(coder, AdaLog) else coder)])
+def test_codes_that_are_worth_something_else_are_seen(recipe, scaled):
+    """In the model's own arithmetic all fits: its coders are wrong, and so is what they are compared by."""
+    simulated, integers = pair('mmdet swin', recipe)
+    for module in integers.modules():
+        if isinstance(module, IntegerLinear):
+            module.coder = scaled(module.coder)
+    assert lockstep(simulated, integers, image(49, 70)).values > 5e-3
+
+
+def test_codes_of_another_calibration_are_seen():
+    simulated, other = ready('mmdet swin'), ready('mmdet swin')
+    for module in other.modules():
+        if isinstance(module, QuantLinear):
+            module.input_quantizer.scale.mul_(0.5)
+    to_integer(other, fuse=False)
+    found = lockstep(simulated, other, image(49, 70))
+    assert max(found.values, found.farthest) > 0.1
+
+
+def test_not_a_number_is_no_agreement():
+    simulated, integers = pair('mmdet swin', 'minmax_w8a8')
+    integers.norm1.weight.data.mul_(torch.nan)
+    assert math.isnan(lockstep(simulated, integers, image(49, 70)).error)
+    simulated, integers = pair('mmdet swin', 'minmax_w8a8')
+    x = image(49, 70)
+    x[0, 0, 3, 3] = torch.nan
+    found = lockstep(simulated, integers, x)
+    assert math.isnan(found.farthest) and found.moved
 
 
 def test_positions_and_codes_by_hand():
@@ -80,3 +115,23 @@ def test_models_that_are_no_pair_are_refused():
     for other in (simulated, fused, torch.nn.Linear(2, 2)):
         with pytest.raises(QuantizationError, match=r'to_integer\(copy, fuse=False\)'):
             lockstep(simulated, other, image(49, 70))
+    simulated, integers = pair('mmdet swin', 'minmax_w8a8')
+    simulated.train()
+    with pytest.raises(QuantizationError, match='training mode'):
+        lockstep(simulated, integers, image(49, 70))
+    partly = ready('mmdet swin')
+    for block in partly.modules():
+        if type(block).__name__ == 'SwinBlock':
+            block.register_forward_hook(lambda *_: None)
+    to_integer(partly)
+    with pytest.raises(QuantizationError, match='fuse=False'):  # patch mergings are
+        lockstep(ready('mmdet swin'), partly, image(49, 70))
+
+
+@pytest.mark.parametrize('twice', ['simulated', 'integers'])
+def test_models_that_call_their_operations_differently_often_are_refused(twice):
+    simulated, integers = pair('mmdet swin', 'minmax_w8a8')
+    blocks = {'simulated': simulated, 'integers': integers}[twice].stages[1].blocks
+    blocks.append(blocks[0])
+    with pytest.raises(QuantizationError, match=r'stages\.1\.blocks\.0\..* is called more often in'):
+        lockstep(simulated, integers, image(49, 70))
