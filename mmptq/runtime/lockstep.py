@@ -176,7 +176,7 @@ def pairs(x: Tensor, codes: Codes, coder: Uniform | AdaLog | DeMax) -> Iterator[
         taken = x.gather(-1, positions)
         rest = x.scatter(-1, positions, 0)
         unit = torch.where(step > 0, step, 1)
-        yield (rest / unit).clamp(max=coder.most), kept
+        yield (rest * unit.reciprocal()).clamp(max=coder.most), kept  # as the simulation rounds
         # They are the largest: past the edge, by what it is larger, where one of the rest is.
         yield (0.5 + (rest.amax(-1, keepdim=True) - taken) / unit).clamp(min=0), torch.zeros_like(taken)
         if coder.half:
