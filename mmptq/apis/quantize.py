@@ -82,7 +82,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
     if scope not in SCOPES:
         raise QuantizationError(f'unknown scope {scope!r}: it is one of {", ".join(SCOPES)}')
     if backend != 'simulated' and not evaluate:
-        raise QuantizationError(f'the backend {backend} is that of the evaluation, and there is to be none; leave out one of the two')
+        raise QuantizationError(f'the backend {backend} is how the model is evaluated, and it is not to be; leave out one of the two')
     if not 0 <= seed < 2**63:
         raise QuantizationError(f'seed {seed}: it is a number from 0 to 2^63 - 1')
     cfg = load_config(config, cfg_options)

@@ -7,6 +7,7 @@ feed-forward network, added to them in place. Windows are padded, shifted and cu
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,8 @@ class IntegerBlock(nn.Module):
         self.heads_steps = qkv.in_steps(self._each_output(factors), self._each_output(zeros))
         keys = -2 if window is not None and isinstance(pv.left, Uniform) else -1
         bias = None if bias is None else bias.transpose(keys, -1).contiguous()
-        self.attention = Attention(spans, qk.gain, bias, keys, pv.left, pv.gain, (qk.held, pv.held), proj.change, proj.coder)
+        held = at_once_or(qk.held, proj.in_features // heads), at_once_or(pv.held, None if window is None else window[0] ** 2)
+        self.attention = Attention(spans, qk.gain, bias, keys, pv.left, pv.gain, held, proj.change, proj.coder)
         self.exact = type(act) is nn.GELU and act.approximate == 'none'
         self.hidden_codes = fc1.gelu_in_steps(fc2.coder, fc2.change) if self.exact else None
         self.register_buffer('padding', qkv.encode(qkv.gain.new_zeros(2, qkv.in_features))[:1])
@@ -141,6 +143,16 @@ class IntegerBlock(nn.Module):
 
     def _codes_for_feed_forward(self, x: Tensor) -> Tensor:
         return self.fc1.encode_normalized(self.norm2, x)
+
+
+def at_once_or(held: int, length: int | None) -> int:
+    """Columns whose sums float32 holds, the same for as many blocks as can be: each number is compiled for.
+
+    Args:
+        held: How many it holds.
+        length: How many there are, None if that depends on the image.
+    """
+    return sys.maxsize if length is not None and length <= held else 2 ** (held.bit_length() - 1)
 
 
 def rows_of(width: int) -> int:

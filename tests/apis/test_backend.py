@@ -104,7 +104,7 @@ def test_an_unknown_backend_and_one_without_an_evaluation_are_refused(upernet, t
     with pytest.raises(QuantizationError, match="unknown backend 'int8': it is one of simulated, integer"):
         quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', backend='int8', **settings)
     assert main(['quantize', upernet.config, upernet.checkpoint, '--work-dir', str(tmp_path), '--no-eval', '--backend', 'integer']) == 2
-    assert 'backend integer is that of the evaluation' in capsys.readouterr().err
+    assert 'backend integer is how the model is evaluated, and it is not to be' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(['quantize', upernet.config, upernet.checkpoint, '--backend', 'int8'])
     assert 'invalid choice' in capsys.readouterr().err and not list(tmp_path.rglob('quantized.pth'))

@@ -4,6 +4,8 @@ Both compute the same integers; what is float in both (layer norms, softmax, sum
 and now and then a value at the edge between two codes goes to the other one. So a block is compared on the same input: what it adds to
 that must agree to 1e-4, or, where a code went to the other side, all but a tenth of the values must, and the rest be near.
 """
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from mmptq import QuantizationError
 from mmptq.backbones import find_spec
 from mmptq.runtime import kernels, to_integer
-from mmptq.runtime.blocks import IntegerBlock
+from mmptq.runtime.blocks import IntegerBlock, at_once_or
 from mmptq.runtime.merging import IntegerMerging, MapNorm
 from mmptq.runtime.windows import shifted
 
@@ -239,3 +241,9 @@ def test_parts_shared_by_blocks_with_different_scales(uncompiled):
     to_integer(fused)
     assert sum(isinstance(module, IntegerBlock) for module in fused.modules()) == len(blocks)
     assert max(relative(a, b) for a, b in zip(fused(IMAGES[0]), simulated(IMAGES[0]), strict=True)) <= 1e-3
+
+
+def test_calibrated_numbers_are_not_compiled_for():
+    """Of how many columns float32 holds sums is another number in each block; what is compiled sees a power of two, or that all fit."""
+    assert [at_once_or(held, 49) for held in (49, 258, 985)] == [sys.maxsize] * 3
+    assert [at_once_or(held, length) for held, length in ((258, 400), (511, None), (512, None), (1, None))] == [256, 256, 512, 1]
