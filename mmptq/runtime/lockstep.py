@@ -51,7 +51,7 @@ class Agreement:
     apart: float = 0.0
 
 
-Codes = tuple[Tensor, ...]
+Seen = tuple[Tensor, ...]
 """Of an operand: integers or table values; of DeMax codes, step, maxima and positions."""
 
 SAME = 1e-5
@@ -76,7 +76,7 @@ def lockstep(simulated: nn.Module, integers: nn.Module, *inputs: Any) -> Agreeme
     if fused or not converted or not set(converted) <= set(ops):
         raise QuantizationError('to run in step takes a calibrated model and its copy after to_integer(copy, fuse=False)')
     check_ready(simulated, ops)
-    result, seen = Agreement(), defaultdict[str, list[Codes]](list)
+    result, seen = Agreement(), defaultdict[str, list[Seen]](list)
     with torch.no_grad(), ExitStack() as stack:
         plain = tensors(simulated(*inputs))
         for name, op in converted.items():
@@ -102,7 +102,7 @@ def coders(op: IntegerOp) -> dict[str, Any]:
 
 
 @contextmanager
-def recorded(op: IntegerOp, name: str, seen: dict[str, list[Codes]]) -> Iterator[None]:
+def recorded(op: IntegerOp, name: str, seen: dict[str, list[Seen]]) -> Iterator[None]:
     """Keeps what an operation multiplies, by its name and role, one call after another."""
     method = {IntegerLinear: 'multiply', IntegerConv2d: '_padded', IntegerMatMul: 'forward'}[type(op)]
     original = getattr(op, method)
@@ -127,7 +127,7 @@ def recorded(op: IntegerOp, name: str, seen: dict[str, list[Codes]]) -> Iterator
 
 
 @contextmanager
-def replaced(quantizer: Quantizer, coder: Uniform | AdaLog | DeMax, name: str, seen: dict[str, list[Codes]],
+def replaced(quantizer: Quantizer, coder: Uniform | AdaLog | DeMax, name: str, seen: dict[str, list[Seen]],
              result: Agreement) -> Iterator[None]:
     """Has a quantizer give the values of codes that were seen, and compares them with its own input and values."""
     original = quantizer.forward
@@ -161,7 +161,7 @@ def replaced(quantizer: Quantizer, coder: Uniform | AdaLog | DeMax, name: str, s
         del quantizer.forward
 
 
-def pairs(x: Tensor, codes: Codes, coder: Uniform | AdaLog | DeMax) -> Iterator[tuple[Tensor, Tensor]]:
+def pairs(x: Tensor, codes: Seen, coder: Uniform | AdaLog | DeMax) -> Iterator[tuple[Tensor, Tensor]]:
     """Where values lie in steps of their codes, and the codes; a code is right if it is not farther away than half a step."""
     if isinstance(coder, Uniform):
         position = (x * coder.inverse).clamp(-coder.zero, coder.most - coder.zero)
@@ -185,8 +185,8 @@ def pairs(x: Tensor, codes: Codes, coder: Uniform | AdaLog | DeMax) -> Iterator[
                 yield value / spacing, rounded / spacing
 
 
-def demax_codes(x: Tensor, coder: DeMax) -> Codes:
-    """Codes and side data of probabilities."""
+def demax_codes(x: Tensor, coder: DeMax) -> Seen:
+    """Seen and side data of probabilities."""
     codes, side = softmax_side(x, coder)
     return (codes, *side)
 
