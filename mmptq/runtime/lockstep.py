@@ -186,7 +186,7 @@ def pairs(x: Tensor, codes: Seen, coder: Uniform | AdaLog | DeMax) -> Iterator[t
 
 
 def demax_codes(x: Tensor, coder: DeMax) -> Seen:
-    """Seen and side data of probabilities."""
+    """Codes and side data of probabilities."""
     codes, side = softmax_side(x, coder)
     return (codes, *side)
 
