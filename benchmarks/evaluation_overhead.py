@@ -13,7 +13,7 @@ from common import parser, report
 from mmengine.runner import Runner
 
 from mmptq.apis import quantize
-from mmptq.engine.checkpoint import safe_loading
+from mmptq.checkpoints.reading import safe_loading
 from mmptq.engine.data import load_config
 
 

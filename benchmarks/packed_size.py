@@ -15,7 +15,7 @@ from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe, convert, find_spec
 from mmptq.calibration import Call, calibrate
 from mmptq.engine.memory import MIB
-from mmptq.runtime.packing import pack_state
+from mmptq.checkpoints.packing import pack_state
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from .analysis.summary import result_table
 from .apis import PAPER_IMAGES, convert_checkpoint, export, pack, quantize, recipe_names, recipe_of
+from .checkpoints.layouts import LAYOUTS
 from .engine.hook import BACKENDS
-from .engine.layouts import LAYOUTS
 from .errors import QuantizationError
 
 

@@ -21,7 +21,7 @@ from mmptq.apis import load_recipe
 from mmptq.apis.quantize import quantized_config
 from mmptq.calibration import operations
 from mmptq.engine.calibration import calibrate_model, quantization
-from mmptq.engine.checkpoint import is_calibrated, load_checked
+from mmptq.checkpoints.reading import is_calibrated, load_checked
 from mmptq.engine.data import CalibrationSet, load_config
 from mmptq.layers import QuantOp
 

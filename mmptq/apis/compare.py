@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engine.checkpoint import write_atomically
+from ..checkpoints.writing import write_text_atomically
 from .quantize import quantize
 
 
@@ -27,5 +27,5 @@ def compare(config: str, checkpoint: str, recipes: Sequence[str], work_dir: Path
     for recipe in recipes:
         summaries.append(quantize(config, checkpoint, recipe, work_dir=str(work_dir / recipe), float_eval=not summaries, **settings))
         text = json.dumps(summaries, indent=2) + '\n'
-        write_atomically(work_dir / 'results.json', lambda temporary, text=text: Path(temporary).write_text(text))
+        write_text_atomically(text, work_dir / 'results.json')
     return summaries

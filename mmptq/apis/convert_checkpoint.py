@@ -1,16 +1,17 @@
 """Checkpoints of other code bases, for mmdet 3 and mmsegmentation 1."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..engine.checkpoint import read_file, save_atomically
-from ..engine.layouts import Conversion, convert_keys
+from ..checkpoints.layouts import Conversion, convert_keys
+from ..checkpoints.plain import plain_parts
+from ..checkpoints.reading import checked_state, read_file
+from ..checkpoints.writing import save_atomically
 from ..errors import QuantizationError
 
 
@@ -32,19 +33,21 @@ def convert_checkpoint(source: str | Path, target: str | Path, kind: str | None 
     if target.suffix != '.pth' or target.is_dir() or target.resolve() == source.resolve():
         raise QuantizationError(f'{target}: name another file than the source, one that ends with .pth')
     content = _read_safetensors(source) if source.suffix == '.safetensors' else read_file(source)
-    weights: Any = content
-    if isinstance(content, Mapping):
-        weights = next((content[name] for name in ('state_dict', 'model') if name in content), content)
-    if not isinstance(weights, Mapping) or not weights or not all(
-            isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()):
+    if type(content) in (dict, OrderedDict):
+        parts = dict(dict.items(content))
+        weights = next((parts[name] for name in ('state_dict', 'model') if name in parts), content)
+    else:
+        parts, weights = {}, None
+    if type(weights) not in (dict, OrderedDict) or not weights:
         raise QuantizationError(f'{source} holds no weights, neither under state_dict or model nor at the top')
+    weights = checked_state(weights, source)
     try:
         conversion = convert_keys(weights, kind)
     except QuantizationError as error:
         raise QuantizationError(f'{source}: {error}') from None
-    meta = content.get('meta')
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_atomically({'meta': meta if isinstance(meta, Mapping) else {}, 'state_dict': conversion.state_dict}, target)
+    meta = plain_parts(parts.get('meta'), 'meta')
+    save_atomically({'meta': meta, 'state_dict': conversion.state_dict}, target)
     return conversion
 
 

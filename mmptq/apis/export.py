@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from mmengine.config import Config
 
-from ..engine.checkpoint import is_calibrated
+from ..checkpoints.about import how_made
+from ..checkpoints.packed import float_model, read_checkpoint
+from ..checkpoints.reading import is_calibrated
 from ..engine.data import load_config
-from ..engine.hook import how_made
-from ..engine.packed import float_model, read_checkpoint
 from ..errors import QuantizationError
 from .packed import build_quantized
 

@@ -9,10 +9,12 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from ..engine.checkpoint import load_file
+from ..checkpoints.about import dataset_meta, how_made
+from ..checkpoints.packed import SUFFIX, float_model, read_packed, write_packed
+from ..checkpoints.reading import load_file
+from ..checkpoints.trusted import guarded, trusted_model
 from ..engine.data import load_config
-from ..engine.hook import how_made, load_verified
-from ..engine.packed import SUFFIX, check_types, float_model, read_packed, write_packed
+from ..engine.hook import load_verified
 from ..errors import QuantizationError
 from .quantize import quantized_config
 
@@ -39,48 +41,68 @@ def pack(config: str | Config, checkpoint: str, out: str | None = None, cfg_opti
         raise QuantizationError(f'{checkpoint} is not quantized: there is nothing to pack (mmptq quantize --pack does both)')
     cfg = load_config(config, cfg_options)
     model = build_quantized(float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint)
-    write_packed(model, cfg, made, loaded['meta'].get('dataset_meta'), path)
+    write_packed(model, cfg, made, dataset_meta(loaded), path)
     return path
 
 
 def load_packed(path: str | Path, config: str | Config | None = None) -> nn.Module:
     """The quantized model of a packed checkpoint, in evaluation mode.
 
+    Nothing that is in the file runs. Without a config, the model is built from what the file says of
+    it: only of classes of mmdet, mmsegmentation, mmpretrain and timm that read no files themselves
+    (:mod:`mmptq.checkpoints.trusted`).
+
     Args:
         path: The file.
-        config: A config of the float model, in place of what the file says of it. For a file of unknown origin: what is in a file is
-            read without running any of it, but to build a model runs the classes that its config names.
+        config: A config of the float model, in place of what the file says of it; what this names is
+            run as any config is.
 
     Raises:
-        QuantizationError: If the file is damaged, of another kind, version or model, or its model cannot be built.
+        QuantizationError: If the file is damaged, of another kind, version or model, or its model
+            cannot be built.
     """
+    source = str(path)
     loaded = read_packed(path)
-    made = how_made(loaded, str(path))
+    made = how_made(loaded, source)
     if made is None:
-        raise QuantizationError(f'{path} does not say how it was quantized')
-    cfg = loaded['packed'] if config is None else load_config(config)
+        raise QuantizationError(f'{source} does not say how it was quantized')
     if config is None:
-        try:
-            check_types(cfg['model'], cfg['default_scope'])
-        except QuantizationError as error:
-            raise QuantizationError(f'{path}: {error}') from None
-    model = cfg['model'] if config is None else float_model(cfg)
-    built = build_quantized(model, cfg.get('default_scope') or 'mmengine', made, loaded, str(path))
-    built.dataset_meta = loaded['meta'].get('dataset_meta')  # as init_detector and init_model have it
+        built = _build_from_file(loaded, made, source)
+    else:
+        cfg = load_config(config)
+        scope = cfg.get('default_scope') or 'mmengine'
+        built = build_quantized(float_model(cfg), scope, made, loaded, source)
+    built.dataset_meta = dataset_meta(loaded) or None  # as init_detector and init_model have it
     return built
 
 
-def build_quantized(model: dict[str, Any], default_scope: str, made: Mapping[str, Any], loaded: Mapping[str, Any],
-                    source: str) -> nn.Module:
+def _build_from_file(loaded: Mapping[str, Any], made: Mapping[str, Any], source: str) -> nn.Module:
+    packed, state = loaded['packed'], loaded['state_dict']
+    try:
+        model = trusted_model(packed['model'], packed['default_scope'])
+    except QuantizationError as error:
+        raise QuantizationError(f'{source}: {error}') from None
+    with guarded(len(state), sum(value.numel() for value in state.values())):
+        return build_quantized(model, packed['default_scope'], made, loaded, source)
+
+
+def build_quantized(
+    model: dict[str, Any],
+    default_scope: str,
+    made: Mapping[str, Any],
+    loaded: Mapping[str, Any],
+    source: str,
+) -> nn.Module:
     """The quantizable model of a float model's config, with a checkpoint, in evaluation mode."""
     init_default_scope(default_scope)
     cfg = quantized_config(Config(dict(model=model)), made['recipe'], made['scope'])
     try:
         built: nn.Module = MODELS.build(cfg.model)
-    except QuantizationError:
-        raise
+    except QuantizationError as error:
+        raise QuantizationError(f'the model of {source} cannot be built: {error}') from error
     except Exception as error:  # what a config names may raise anything
-        raise QuantizationError(f'the model of {source} cannot be built: {type(error).__name__}: {error}') from error
+        reason = f'{type(error).__name__}: {error}'
+        raise QuantizationError(f'the model of {source} cannot be built: {reason}') from error
     load_verified(built, loaded, source)
     built.eval()
     return built

@@ -15,11 +15,12 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from ..backbones.presets import load_recipe, paper_protocol
+from ..checkpoints.about import how_made
+from ..checkpoints.packed import read_checkpoint
+from ..checkpoints.reading import is_calibrated, safe_loading
 from ..engine.calibration import inner_model
-from ..engine.checkpoint import is_calibrated, safe_loading
 from ..engine.data import calibration_dataset, load_config
-from ..engine.hook import PTQHook, how_made, load_verified, test_result
-from ..engine.packed import read_checkpoint
+from ..engine.hook import PTQHook, load_verified, test_result
 from ..errors import QuantizationError
 from .testing import draw_predictions, dump_predictions, test_time_augmentation
 
@@ -73,7 +74,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
     checkpoint = str(checkpoint)
     loaded = read_checkpoint(checkpoint)
     made = how_made(loaded, checkpoint) or {}
-    recipe_cfg = load_recipe(made.get('recipe', 'adalog_w4a4') if recipe is None else recipe)
+    recipe_cfg = load_recipe(recipe or made.get('recipe') or 'adalog_w4a4')
     scope = made.get('scope', 'backbone') if scope is None else scope
     if as_in_paper:
         if calib_cfg is not None:

@@ -59,8 +59,10 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
             replace_modules(backbone, {attention: new})
             attention = new
         qk, pv = extend_attention(attention)
-        recipe.equip(qk, {'left': 'query', 'right': 'key'})
-        recipe.equip(pv, {'left': 'post_softmax', 'right': 'value'})
+        heads = getattr(attention, 'num_heads', None)
+        heads = heads if isinstance(heads, int) else None
+        recipe.equip(qk, {'left': 'query', 'right': 'key'}, heads)
+        recipe.equip(pv, {'left': 'post_softmax', 'right': 'value'}, heads)
     skipped = convert_layers(backbone, {name: spec.site(name) for name in layers_with_products(backbone)}, recipe)
     return ConversionReport(recipe, 'backbone', skipped)
 

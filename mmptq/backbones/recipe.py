@@ -12,7 +12,7 @@ from ..errors import QuantizationError
 from ..layers import RESCALES, QuantLinear, QuantOp
 from ..methods import Method
 from ..quantizers import Quantizer
-from ..registry import METHODS, QUANTIZERS
+from ..registry import METHODS, QUANTIZERS, registered
 from .spec import SITES
 
 GRANULARITIES: dict[str, tuple[str, ...]] = {
@@ -95,6 +95,9 @@ class Recipe:
         result = cls(recipe.get('name', 'unnamed'), Bits(**bits), quantizers, dict(recipe['method']))
         for site in SITES:
             result.build_quantizer(site, -2)
+        for what, number in bits.items():  # those of a site that has its own were not looked at
+            if type(number) is not int or not 2 <= number <= 8:
+                raise QuantizationError(f'recipe: bits of {what} must be an integer from 2 to 8, not {number!r}')
         if not result.build_method().rescales and any(options.get('rescale') for options in quantizers.values()):
             raise QuantizationError(f'recipe: method {result.method["type"]} does not rescale: drop the option rescale of its quantizers')
         return result
@@ -131,18 +134,18 @@ class Recipe:
         """The method that chooses the parameters."""
         return _build(METHODS, dict(self.method), 'method')
 
-    def equip(self, op: QuantOp, sites: dict[str, str]) -> None:
-        """Gives an operation the quantizers of its operands' sites."""
+    def equip(self, op: QuantOp, sites: dict[str, str], heads: int | None = None) -> None:
+        """Gives an operation the quantizers of its operands' sites; a product may say how many ``heads`` it has."""
         axis = getattr(op, 'weight_axis', None)
-        op.set_quantizers(sites, {role: self.build_quantizer(site, axis) for role, site in sites.items()})
+        op.set_quantizers(sites, {role: self.build_quantizer(site, axis) for role, site in sites.items()}, heads)
         rescale = self.quantizers[sites['input']].get('rescale') if isinstance(op, QuantLinear) else None
         if rescale is not None:
-            op.rescale = RESCALES[rescale]()
+            op.rescale = RESCALES[rescale](op.in_features, op.out_features)
 
 
 def _require_dict(value: Any, what: str) -> None:
-    if not isinstance(value, Mapping):
-        raise QuantizationError(f'recipe: {what} is to be a dict, not {value!r}')
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise QuantizationError(f'recipe: {what} is to be a dict with text as keys, not {value!r}')
 
 
 def _misfit(quantizer: Quantizer, site: str, rescale: str | None) -> str | None:
@@ -158,8 +161,8 @@ def _misfit(quantizer: Quantizer, site: str, rescale: str | None) -> str | None:
 
 def _build(registry: Registry, options: dict[str, Any], what: str) -> Any:
     kind = options.pop('type', None)
-    cls = registry.get(kind) if isinstance(kind, str) else kind
-    if cls is None:
+    cls = registered(registry, kind) if isinstance(kind, str) else kind
+    if not callable(cls):
         raise QuantizationError(f'recipe: {what}: unknown type {kind!r}; known are {", ".join(sorted(registry.module_dict))}')
     try:
         return cls(**options)

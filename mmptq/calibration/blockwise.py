@@ -93,7 +93,11 @@ def calibrate_block(block: Block, method: Method, done: BlockResult | None = Non
         The result, and the outputs of the float block.
     """
     if done:
-        block.ops = {name: op for name, op in block.ops.items() if name in done.sqnr_db}
+        known = {name: op for name, op in block.ops.items() if name in done.sqnr_db}
+        if done.sqnr_db.keys() - known.keys() or (not block.some_idle and known.keys() != block.ops.keys()):
+            raise QuantizationError(f'the progress of block {block.name} is of other operations; remove the file of progress to calibrate '
+                                    'from the start')
+        block.ops = known
         outputs = block.run_float()
         block.load(done.params)
         return done, outputs

@@ -158,13 +158,34 @@ class Block:
         return params | {f'{name}.weight': self.ops[name].get_parameter('weight').detach() for name in self.float_weights}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Sets the parameters and weights that :meth:`state` returned."""
+        """Sets the parameters and weights that :meth:`state` returned, by way of a file.
+
+        Raises:
+            QuantizationError: If one is missing, too many or does not fit, naming it; before anything is set.
+        """
+        parts = {f'{name}.{key}.{param}': (module, param) for name, op in self.ops.items() for key, module in op.named_modules()
+                 if isinstance(module, Calibrated) for param in module.param_names}
+        weights = {f'{name}.weight': op.get_parameter('weight') for name, op in self.ops.items() if 'weight' in op.roles}
+        odd = sorted(parts.keys() - state.keys()) or sorted(state.keys() - parts.keys() - weights.keys())
+        if odd:
+            raise self._misfit(f'{odd[0]} is missing or too many')
+        for key, value in state.items():
+            if key in parts:
+                fault = parts[key][0].fault(parts[key][1], value)
+            else:
+                fault = weight_fault(weights[key], value)
+            if fault:
+                raise self._misfit(f'{key} {fault}')
         for name, op in self.ops.items():
             if f'{name}.weight' in state:
                 self.set_weight(name, state[f'{name}.weight'])
             for key, module in op.named_modules():
                 if isinstance(module, Calibrated):
                     module.set(**{param: state[f'{name}.{key}.{param}'].to(module.place.device) for param in module.param_names})
+
+    def _misfit(self, reason: str) -> QuantizationError:
+        return QuantizationError(f'the progress of block {self.name} does not fit the model: {reason}; remove the file of progress to '
+                                 'calibrate from the start')
 
     @torch.no_grad()
     def set_weight(self, name: str, weight: Tensor) -> None:
@@ -179,6 +200,13 @@ class Block:
         for name, weight in self.float_weights.items():
             self.ops[name].get_parameter('weight').copy_(weight)
         self.float_weights = {}
+
+
+def weight_fault(weight: Tensor, value: Tensor) -> str | None:
+    """Why a value cannot be that of a weight, if it is so."""
+    if value.shape != weight.shape or value.dtype != weight.dtype:
+        return f'is of shape {tuple(value.shape)} and {value.dtype}, not {tuple(weight.shape)} and {weight.dtype}'
+    return None if bool(torch.isfinite(value).all()) else 'is not finite'
 
 
 @contextmanager

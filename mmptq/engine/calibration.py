@@ -13,12 +13,12 @@ from torch import nn
 from ..backbones import ConversionReport, find_spec
 from ..backbones.convert import leave_float
 from ..calibration import Block, BlockResult, Call, calibrate, calibrate_block, operations
+from ..checkpoints.progress import fingerprint, load_progress, save_progress
+from ..checkpoints.reading import some
 from ..errors import QuantizationError
 from . import memory
-from .checkpoint import some
 from .data import CalibrationSet
 from .progress import BlockProgress
-from .resume import fingerprint, load_progress, save_progress
 
 HEADS = 'neck and heads'
 """Name of the unit that all operations outside the backbone form."""
@@ -49,7 +49,7 @@ def calibrate_model(model: Any, images: CalibrationSet, seed: int, logger: loggi
     report = quantization(model)
     method = report.recipe.build_method()
     model.eval()
-    identity = fingerprint(model, report, images, seed)
+    identity = fingerprint(model, report, images.paths, seed)
     done = load_progress(progress_path, identity) if resume else {}
     if resume:
         logger.info(f'resumed after {len(done)} calibrated blocks' if done else f'nothing to resume: there is no {progress_path.name}')

@@ -19,15 +19,17 @@ from ..analysis.summary import layer_rows, model_size
 from ..backbones import ConversionReport
 from ..backbones.convert import IDLE, layers_with_products, leave_float
 from ..calibration import check_weights
-from ..errors import QuantizationError
+from ..checkpoints.about import dataset_meta, how_made
+from ..checkpoints.packed import packed_model, write_packed
+from ..checkpoints.reading import is_calibrated, load_checked, some
+from ..checkpoints.writing import save_atomically, write_text_atomically
+from ..errors import QuantizationError, printable
 from ..registry import HOOKS
 from ..runtime import to_integer
 from ..version import __version__
 from . import memory
 from .calibration import calibrate_model, inner_model, quantization, try_backbone
-from .checkpoint import is_calibrated, load_checked, save_atomically, write_atomically
 from .data import CalibrationSet, build_calibration_set, calibration_dataset
-from .packed import packed_model, write_packed
 
 PROGRESS = 'calibration_progress.pth'
 BACKENDS = ('simulated', 'integer')
@@ -84,10 +86,8 @@ class PTQHook(Hook):
         model = inner_model(runner.model)
         surplus = load_verified(model, checkpoint, str(runner.cfg.get('load_from', 'the checkpoint')))
         if surplus:
-            runner.logger.warning(f'the checkpoint has keys that the model does not: {", ".join(surplus)}')
-        meta = checkpoint.get('meta')
-        meta = meta if isinstance(meta, Mapping) else {}
-        self._loaded = {'dataset_meta': meta.get('dataset_meta'), 'mmptq': meta.get('mmptq')}
+            runner.logger.warning(printable(f'the checkpoint has keys that the model does not: {some(surplus, 20)}'))
+        self._loaded = {'dataset_meta': dataset_meta(checkpoint), 'mmptq': how_made(checkpoint, 'the checkpoint')}
 
     def prepare(self, runner: Runner) -> None:
         """Draws the calibration images, reads each once and runs the backbone on one, so that what is wrong is known before long work.
@@ -120,8 +120,7 @@ class PTQHook(Hook):
         if is_calibrated(model):
             runner.logger.info('the checkpoint is calibrated: no calibration')
             if not self.summary:
-                made = self._loaded['mmptq']
-                self.summary = {**made, 'float': self.float_result or made.get('float'), 'quantized': None}
+                self.summary = self._summary_of(model, self._loaded['mmptq'])
         else:
             self._calibrate(runner, model)
         self._write_summary(runner)
@@ -173,13 +172,20 @@ class PTQHook(Hook):
         if is_main_process():
             self._save(runner, model)
 
+    def _summary_of(self, model: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+        """What the file says of its calibration; layers and sizes are those of the model itself."""
+        report = quantization(model)
+        sqnr = {row['name']: row['sqnr_db'] for row in made['layers']}
+        return {**made, 'float': self.float_result or made['float'], 'quantized': None, 'size': model_size(model),
+                'layers': layer_rows(model, skipped_layers(model, report), sqnr)}
+
     def _save(self, runner: Runner, model: Any) -> None:
         work_dir = Path(runner.work_dir)
         meta = {key: value for key, value in (('dataset_meta', self._loaded.get('dataset_meta')),) if value}
         state = {key: value.cpu() for key, value in model.state_dict().items()}
         save_atomically({'meta': {**meta, 'mmptq': self._about()}, 'state_dict': state}, work_dir / 'quantized.pth')
         config = portable_config(self.config or runner.cfg, idle_layers(self.summary))
-        write_atomically(work_dir / 'quantized.py', lambda temporary: Path(temporary).write_text(config.pretty_text))
+        write_text_atomically(config.pretty_text, work_dir / 'quantized.py')
         runner.logger.info(f'wrote {work_dir / "quantized.pth"} and {work_dir / "quantized.py"}')
 
     def _convert(self, runner: Runner, model: Any) -> None:
@@ -195,8 +201,7 @@ class PTQHook(Hook):
 
     def _write_summary(self, runner: Runner) -> None:
         if is_main_process():
-            write_atomically(Path(runner.work_dir) / 'summary.json',
-                             lambda temporary: Path(temporary).write_text(json.dumps(self.summary, indent=2) + '\n'))
+            write_text_atomically(json.dumps(self.summary, indent=2) + '\n', Path(runner.work_dir) / 'summary.json')
 
 
 def idle_layers(made: Mapping[str, Any]) -> list[str]:
@@ -235,21 +240,6 @@ def skipped_layers(model: Any, report: ConversionReport) -> dict[str, str]:
     return {f'backbone.{name}': reason for name, reason in report.skipped.items()} | outside
 
 
-def how_made(checkpoint: Mapping[str, Any], source: str) -> Mapping[str, Any] | None:
-    """What a quantized checkpoint says of itself; None of a float one.
-
-    Raises:
-        QuantizationError: If it says too little.
-    """
-    meta = checkpoint.get('meta')
-    made = meta.get('mmptq') if isinstance(meta, Mapping) else None
-    if made and not (isinstance(made, Mapping) and {'scope', 'recipe', 'bits', 'calibration', 'size', 'layers'} <= set(made)
-                     and isinstance(made['layers'], list) and all(isinstance(row, Mapping) and {'name', 'reason'} <= set(row)
-                                                                  for row in made['layers'])):
-        raise QuantizationError(f'{source} does not say how it was quantized; it was not written by this version of mmptq')
-    return made or None
-
-
 def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> list[str]:
     """Loads a checkpoint into a converted model, float or calibrated by the model's own recipe.
 
@@ -276,6 +266,8 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
         raise QuantizationError(f'{source}: {error}') from None
     if is_calibrated(model) and not made:
         raise QuantizationError(f'{source} has parameters of quantizers, but does not say by which recipe it was made')
+    if made and not is_calibrated(model):
+        raise QuantizationError(f'{source} says that it was quantized, but has no parameters of quantizers')
     return surplus
 
 

@@ -14,7 +14,7 @@ from ..errors import QuantizationError
 from ..layers import GeluShift, QuantConv2d, QuantLinear, QuantOp, Rescale
 from ..quantizers import AdaLogQuantizer, DeMaxQuantizer, Quantizer, UniformQuantizer
 from ..quantizers.adalog import R, decode_values
-from ..runtime.packing import weight_codes
+from ..checkpoints.packing import weight_codes
 from .trace import DOMAIN, OPSET
 
 NARROW = 4

@@ -12,7 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from ..engine.checkpoint import write_atomically
+from ..checkpoints.writing import write_atomically
 from ..errors import QuantizationError
 from ..layers import QuantOp
 from ..version import __version__

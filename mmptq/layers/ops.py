@@ -42,11 +42,19 @@ class QuantOp(nn.Module):
     """Whether sums over all rows of its input are cheap, so that its weight can be searched on all of them."""
     sites: dict[str, str]
 
-    def set_quantizers(self, sites: dict[str, str], quantizers: dict[str, Quantizer]) -> None:
-        """Gives every role its site (see :data:`mmptq.backbones.SITES`) and its quantizer."""
+    def set_quantizers(self, sites: dict[str, str], quantizers: dict[str, Quantizer], heads: int | None = None) -> None:
+        """Gives every role its site (see :data:`mmptq.backbones.SITES`) and its quantizer.
+
+        ``heads`` is how many heads a product has, where that is known.
+        """
         self.sites = sites
         for role in self.roles:
-            self.add_module(f'{role}_quantizer', quantizers[role])
+            quantizer = quantizers[role]
+            if role != 'weight':
+                quantizer.groups = heads
+            elif quantizer.axis is not None:
+                quantizer.groups = self.get_parameter('weight').shape[quantizer.axis]
+            self.add_module(f'{role}_quantizer', quantizer)
 
     def quantizer(self, role: str) -> Quantizer:
         """The quantizer of an operand."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import QuantizationError
 from ..quantizers import Calibrated, Params
 
 GELU_MINIMUM = 0.16997124254703522
@@ -30,12 +31,20 @@ class Rescale(Calibrated):
     shift: Tensor | None
     gain: Tensor | None
 
-    def __init__(self) -> None:
+    def __init__(self, in_features: int | None = None, out_features: int | None = None) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.register_buffer('gain', None)
 
     def param_ndim(self) -> int:
         return 1
+
+    def fault(self, name: str, value: Tensor) -> str | None:
+        """As in :class:`Calibrated`; also another length than that of the layer's input, or output for ``gain``."""
+        length = self.out_features if name == 'gain' else self.in_features
+        if length is not None and value.shape != (length,):
+            return f'has the shape {tuple(value.shape)}, not {(length,)}'
+        return super().fault(name, value)
 
     def set(self, **params: Tensor) -> None:
         super().set(**params)
@@ -60,6 +69,9 @@ class Rescale(Calibrated):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         gain = state_dict.get(f'{prefix}gain')
+        fault = None if gain is None else self.fault('gain', gain)
+        if fault:
+            raise QuantizationError(f'{prefix}gain {fault}, as the layer needs it')
         self.gain = None if gain is None else torch.empty_like(gain, device=self.place.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -72,6 +84,9 @@ class GeluShift(Calibrated):
 
     param_names = ('shift',)
     shift: Tensor | None
+
+    def __init__(self, in_features: int | None = None, out_features: int | None = None) -> None:
+        super().__init__()
 
     def param_ndim(self) -> int:
         return 0

@@ -18,6 +18,9 @@ R = 37
 Q_RANGE = range(10, 138)
 """The numerators that are searched. q = 37 is log2; log-sqrt2 is q/R = 1/2, that is q = 18.5."""
 
+LEAST_Q, MOST_Q = 1, 1000
+"""The numerators that are possible at all."""
+
 
 def encode_adalog(x: Tensor, scale: Tensor, q: Tensor, levels: int, strict: bool) -> Tensor:
     """Codes ``k = round(-log2(clip(x/s, 0, 1)) r/q)``, cut at N, the code of exact zero (``strict``: at N - 1); N + 1 for NaN. int32.
@@ -85,10 +88,16 @@ class AdaLogQuantizer(Quantizer):
         if not isinstance(strict, bool):
             raise ValueError(f'strict must be True or False, not {strict!r}')
         _require_within('fixed_scale', fixed_scale, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
-        _require_within('fixed_q', fixed_q, 1, 1000)
+        _require_within('fixed_q', fixed_q, LEAST_Q, MOST_Q)
         self.strict = strict
         self.fixed_scale = fixed_scale
         self.fixed_q = fixed_q
+
+    def fault(self, name: str, value: Tensor) -> str | None:
+        """As for all quantizers; q is from 1 to 1000."""
+        if name == 'q' and not ((value >= LEAST_Q) & (value <= MOST_Q)).all():
+            return f'is not within {LEAST_Q} to {MOST_Q}'
+        return super().fault(name, value)
 
     @property
     def zero_code(self) -> int:

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import QuantizationError
+
 Params = dict[str, Tensor]
 
 
@@ -79,19 +81,36 @@ class Calibrated(nn.Module):
         return None if any(value is None for value in params.values()) else params
 
     def set(self, **params: Tensor) -> None:
-        """Sets all parameters; each must be finite, and a scale positive.
+        """Sets all parameters.
 
         Raises:
-            ValueError: If a parameter is missing, unknown, not finite, or a scale that is not positive.
+            ValueError: If a parameter is missing, unknown, or has a :meth:`fault`.
         """
         if set(params) != set(self.param_names):
             raise ValueError(f'{type(self).__name__} takes the parameters {self.param_names}, not {tuple(params)}')
         for name, value in params.items():
-            if not torch.isfinite(value).all():
-                raise ValueError(f'{type(self).__name__}: {name} is not finite')
-            if name == 'scale' and not (value > 0).all():
-                raise ValueError(f'{type(self).__name__}: scale is not positive')
+            fault = self.fault(name, value)
+            if fault:
+                raise ValueError(f'{type(self).__name__}: {name} {fault}')
             setattr(self, name, value.detach().clone())
+
+    def fault(self, name: str, value: Tensor) -> str | None:
+        """Why a value cannot be that of a parameter, if it is so.
+
+        Here: another number of dimensions than :meth:`param_ndim`, another type than float32 or
+        float64, values that are not finite, a scale that is not positive or too small to divide by.
+        """
+        if value.ndim != self.param_ndim():
+            return f'has the shape {tuple(value.shape)}, not {self.param_ndim()} dimensions'
+        if value.dtype not in (torch.float32, torch.float64):
+            return f'is of type {value.dtype}, not float32'
+        if not torch.isfinite(value).all():
+            return 'is not finite'
+        if name == 'scale' and not (value > 0).all():
+            return 'is not positive'
+        if name == 'scale' and not (value >= torch.finfo(value.dtype).tiny).all():
+            return 'is too small to divide by'
+        return None
 
     def clear(self) -> None:
         """Forgets the parameters: the module is the identity again."""
@@ -103,12 +122,17 @@ class Calibrated(nn.Module):
         raise NotImplementedError
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Raised, not collected: who loads with strict=False passes over what is collected.
+        for name in self.param_names:
+            value = state_dict.get(prefix + name)
+            fault = None if value is None else self.fault(name, value)
+            if fault:
+                raise QuantizationError(f'{prefix}{name} {fault}, as {type(self).__name__} needs it')
         # A buffer that is None is not in the module's state: make room for what the checkpoint brings.
         for name in self.param_names:
             value = state_dict.get(prefix + name)
-            if value is not None and value.ndim != self.param_ndim():
-                args[-1].append(f'{prefix}{name}: shape {tuple(value.shape)} does not fit {self}')
-            elif value is not None and getattr(self, name) is None:
+            present = getattr(self, name)
+            if value is not None and (present is None or present.shape != value.shape):
                 setattr(self, name, torch.empty_like(value, device=self.place.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -139,6 +163,9 @@ class Quantizer(Calibrated):
     dynamic: ClassVar[bool] = False
     """Whether ranges come from each tensor itself, so that there is nothing to search; parameters are from :meth:`observed`."""
 
+    groups: int | None = None
+    """How many sets of parameters there are along ``axis`` (output channels, heads), where that is known."""
+
     def __init__(self, bits: int, axis: int | None = None) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
@@ -160,6 +187,15 @@ class Quantizer(Calibrated):
 
     def param_ndim(self) -> int:
         return 0 if self.axis is None else -self.axis
+
+    def fault(self, name: str, value: Tensor) -> str | None:
+        """As in :class:`Calibrated`; also a number of sets of parameters that the tensor does not have."""
+        if value.ndim == self.param_ndim() and self.axis is not None:
+            groups = value.shape[0] if self.groups is None else self.groups
+            shape = (groups, *[1] * (self.param_ndim() - 1))
+            if value.shape != shape or not groups:
+                return f'has the shape {tuple(value.shape)}, not {shape}'
+        return super().fault(name, value)
 
     def encode(self, x: Tensor, **params: Tensor) -> Tensor:
         """Integer codes of ``x``, int16, the shape of ``x``."""

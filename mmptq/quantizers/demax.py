@@ -63,6 +63,13 @@ class DeMaxQuantizer(Quantizer):
             raise ValueError(f'side is one of {", ".join(SIDES)}, not {side!r}')
         self.maxima, self.side = maxima, side
 
+    def fault(self, name: str, value: Tensor) -> str | None:
+        """As for all quantizers; a row has an entry at least."""
+        fault = super().fault(name, value)
+        if fault is None and not (value >= 1).all():
+            return 'is not a length, of at least 1'
+        return fault
+
     @property
     def effective_bits(self) -> float:
         """Bits of an entry with its share of the row's side data, for rows as long as in calibration."""

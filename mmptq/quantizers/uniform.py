@@ -45,6 +45,16 @@ class UniformQuantizer(Quantizer):
             raise ValueError(f'symmetric must be True or False, not {symmetric!r}')
         self.symmetric = symmetric
 
+    def fault(self, name: str, value: Tensor) -> str | None:
+        """As for all quantizers; a zero point is a code."""
+        if name != 'zero_point':
+            return super().fault(name, value)
+        if value.dtype not in (torch.int32, torch.int64):
+            return f'is of type {value.dtype}, not int32'
+        if value.numel() and not 0 <= int(value.min()) <= int(value.max()) < self.levels:
+            return f'is not within 0 to {self.levels - 1}'
+        return super().fault(name, value.double())
+
     def encode(self, x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # type: ignore[override]
         return encode_uniform(x, scale, zero_point, self.levels)
 

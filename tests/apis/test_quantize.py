@@ -12,7 +12,7 @@ from mmseg.models.backbones.swin import WindowMSA
 from mmptq import QuantizationError
 from mmptq.apis import load_packed, load_recipe, pack, quantize
 from mmptq.apis.quantize import quantized_config
-from mmptq.engine.checkpoint import load_file, safe_loading
+from mmptq.checkpoints.reading import load_file, safe_loading
 from mmptq.quantizers import Quantizer
 
 from ..conftest import fast

@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 
 from mmptq.apis import quantize
-from mmptq.engine.checkpoint import load_file
+from mmptq.checkpoints.reading import load_file
 from mmptq.engine.data import build_calibration_set, calibration_dataset
 
 from ..datasets import ADE_LABELS, COCO_LABELS, EMPTY, write_ade20k, write_coco

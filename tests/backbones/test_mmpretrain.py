@@ -4,7 +4,7 @@ import torch
 
 from mmptq.backbones import find_spec
 from mmptq.calibration import Call, calibrate, operations
-from mmptq.engine.checkpoint import is_calibrated
+from mmptq.checkpoints.reading import is_calibrated
 
 from ..conftest import build_in, fast, image, randomized
 

@@ -13,7 +13,7 @@ from mmptq.backbones import find_spec, timm_backbone, timm_import
 from mmptq.backbones.timm_backbone import TimmBackbone
 from mmptq.backbones.timm_import import import_timm
 from mmptq.calibration import Call, calibrate, operations
-from mmptq.engine.checkpoint import is_calibrated
+from mmptq.checkpoints.reading import is_calibrated
 from mmptq.layers import QuantOp
 
 from ..conftest import build_in, fast, image, randomized

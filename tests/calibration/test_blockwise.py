@@ -11,7 +11,7 @@ from mmptq.backbones import find_spec
 from mmptq.backbones.presets import load_recipe
 from mmptq.calibration import Call, calibrate, operations
 from mmptq.calibration.blockwise import sqnr_db
-from mmptq.engine.checkpoint import is_calibrated, load_checked
+from mmptq.checkpoints.reading import is_calibrated, load_checked
 from mmptq.layers import QuantConv2d, QuantLinear
 from mmptq.methods import AdaLog, MinMax
 from mmptq.quantizers import UniformQuantizer

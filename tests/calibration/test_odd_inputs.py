@@ -6,7 +6,7 @@ from torch import nn
 from mmptq import QuantizationError
 from mmptq.backbones import find_spec
 from mmptq.calibration import Block, Call, calibrate, operations
-from mmptq.engine.checkpoint import is_calibrated
+from mmptq.checkpoints.reading import is_calibrated
 from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Rescale
 from mmptq.methods import AdaLog, MinMax
 from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer

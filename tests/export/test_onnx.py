@@ -17,7 +17,7 @@ from mmptq.apis.quantize import quantized_config
 from mmptq.backbones import find_spec
 from mmptq.calibration import Call, calibrate
 from mmptq.cli import main
-from mmptq.engine.packed import write_packed
+from mmptq.checkpoints.packed import write_packed
 from mmptq.export.onnx import build_graph, compare, export_onnx
 from mmptq.quantizers import calibrated_parts
 

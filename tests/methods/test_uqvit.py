@@ -11,7 +11,7 @@ from mmptq import QuantizationError
 from mmptq.apis import load_recipe
 from mmptq.backbones import find_spec
 from mmptq.calibration import Block, Call, calibrate, operations
-from mmptq.engine.checkpoint import is_calibrated
+from mmptq.checkpoints.reading import is_calibrated
 from mmptq.layers import QuantLinear, QuantMatMul, Rescale
 from mmptq.methods import UQViT
 from mmptq.quantizers import AdaLogQuantizer, DeMaxQuantizer, UniformQuantizer, calibrated_parts

@@ -4,28 +4,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from copy import deepcopy
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import MODELS, TASK_UTILS, WEIGHT_INITIALIZERS, Registry
-from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from ..backbones import Recipe
 from ..errors import QuantizationError
-from ..runtime.packing import pack_state, unpack_state
-from .checkpoint import is_calibrated, load_file, write_atomically
+from .about import checked_about
+from .packing import pack_state, unpack_state
+from .plain import plain
+from .reading import is_calibrated, load_file, require_file
+from .writing import write_atomically
 
 FORMAT, VERSION = 'mmptq-packed', 1
 SUFFIX = '.safetensors'
 CONTENT = {'weights': dict, 'adalog': list, 'model': dict, 'default_scope': str, 'dataset_meta': dict, 'mmptq': dict}
 """Keys of the metadata, and the type of each."""
-SCOPES = ('mmdet', 'mmseg', 'mmpretrain')
-"""Packages whose classes a model may be built of, beside mmengine, mmcv and those that are imported already."""
 
 
 def write_packed(model: nn.Module, cfg: Config, about: Mapping[str, Any], dataset_meta: Mapping[str, Any] | None, path: Path) -> None:
@@ -59,8 +57,7 @@ def read_packed(path: str | Path) -> dict[str, Any]:
         QuantizationError: If the file is missing, truncated or of another kind or version, or something in it is missing or does
             not fit.
     """
-    if not Path(path).is_file():
-        raise QuantizationError(f'checkpoint {path} ' + ('is no file' if Path(path).exists() else 'does not exist'))
+    require_file(path)
     try:
         with safetensors.safe_open(path, 'pt') as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -71,6 +68,7 @@ def read_packed(path: str | Path) -> dict[str, Any]:
         state = unpack_state(tensors, content['weights'], content['adalog'])
     except QuantizationError as error:
         raise QuantizationError(f'{path}: {error}') from None
+    content['mmptq'] = checked_about(content['mmptq'], str(path))
     meta = {'mmptq': content['mmptq'], **({'dataset_meta': content['dataset_meta']} if content['dataset_meta'] else {})}
     return {'meta': meta, 'state_dict': state, 'packed': {key: content[key] for key in ('model', 'default_scope')}}
 
@@ -80,7 +78,7 @@ def _checked(metadata: Mapping[str, str]) -> dict[str, Any]:
     if FORMAT not in metadata:
         raise QuantizationError('is no packed checkpoint of mmptq (a float one is converted by mmptq convert-checkpoint)')
     try:
-        content = _from_json(json.loads(metadata[FORMAT]))
+        content = plain(_from_json(json.loads(metadata[FORMAT])), 'its metadata')
     except (ValueError, RecursionError) as error:
         raise QuantizationError(f'its metadata is no JSON: {error}') from None
     version = content.get('version') if isinstance(content, dict) else None
@@ -100,18 +98,12 @@ def _checked(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(size, int) and size > 0 for size in value)
+    return isinstance(value, list) and 1 < len(value) < 6 and all(type(size) is int and size > 0 for size in value)
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint file's content, packed or not (:func:`load_file`)."""
     return read_packed(path) if path.endswith(SUFFIX) else load_file(path)
-
-
-@CheckpointLoader.register_scheme(prefixes=r'.*\.safetensors$')
-def load_from_packed(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """What a Runner, ours or that of a stock test tool, reads a packed checkpoint by."""
-    return read_packed(Path(filename).expanduser())
 
 
 def float_model(cfg: Config) -> dict[str, Any]:
@@ -144,42 +136,6 @@ def packed_model(cfg: Config) -> dict[str, Any]:
     """
     packed: dict[str, Any] = _to_json(float_model(cfg), 'model')
     return packed
-
-
-def check_types(model: Any, default_scope: str) -> None:
-    """Raises QuantizationError if a config names what no registry of models has: mmengine would import and call it, whatever it is."""
-    for package in SCOPES:
-        try:
-            import_module(f'{package}.registry')
-        except ImportError:
-            pass
-    registries = [registry for root in (MODELS, TASK_UTILS, WEIGHT_INITIALIZERS) for registry in (root, *root.children.values())]
-    scopes = {registry.scope for registry in registries}
-    for key, name in [('_scope_', default_scope), *_names(model)]:
-        if key == '_scope_' and name not in scopes:
-            raise QuantizationError(f'the scope {name!r} is unknown; if it is that of a package of yours, import that first')
-        if key == 'type' and not _is_registered(name, registries):
-            raise QuantizationError(f'the type {name!r} is in no registry; if it is of a package of yours, import that first')
-
-
-def _is_registered(name: Any, registries: list[Registry]) -> bool:
-    """Whether a name without a dot is an identifier (mmcv takes ``nms`` for a type), or one with a dot is registered."""
-    if not isinstance(name, str):
-        return False
-    scope, _, key = name.rpartition('.')
-    if not scope:
-        return key.isidentifier()
-    found = [registry for registry in registries if registry.scope == scope]
-    for registry in found:
-        registry.import_from_location()
-    return any(key in registry.module_dict for registry in found)
-
-
-def _names(value: Any) -> list[tuple[str, Any]]:
-    """All values of ``type`` and ``_scope_`` in a config."""
-    if isinstance(value, dict):
-        return [(key, each) for key, each in value.items() if key in ('type', '_scope_')] + _names(list(value.values()))
-    return [name for each in value for name in _names(each)] if isinstance(value, list | tuple) else []
 
 
 def _to_json(value: Any, where: str) -> Any:

@@ -5,6 +5,7 @@ A packed weight is a stream of bits: code i takes bits ``i b`` to ``(i + 1) b - 
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,7 +127,7 @@ def unpack_state(tensors: Mapping[str, Tensor], weights: Mapping[str, Mapping[st
 
 def _unpacked(tensors: Mapping[str, Tensor], name: str, bits: int, shape: tuple[int, ...]) -> Tensor:
     """A weight as the operation keeps it, float."""
-    packed, count = _taken(tensors, name), torch.Size(shape).numel()
+    packed, count = _taken(tensors, name), math.prod(shape)
     _require(packed.dtype == torch.uint8 and packed.shape == (packed_length(count, bits),),
              f'{name} is to hold {count} codes of {bits} bits in {packed_length(count, bits)} bytes, and has the shape '
              f'{tuple(packed.shape)} and type {packed.dtype}')

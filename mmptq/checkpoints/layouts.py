@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantizationError
-from .checkpoint import some
+from .reading import some
 
 
 class Key(NamedTuple):

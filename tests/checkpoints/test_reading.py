@@ -8,7 +8,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import _load_checkpoint
 
 from mmptq import QuantizationError
-from mmptq.engine.checkpoint import load_file, safe_loading, save_atomically
+from mmptq.checkpoints.reading import load_file, safe_loading, save_atomically
 
 
 class Code:

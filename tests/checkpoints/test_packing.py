@@ -12,7 +12,7 @@ from mmptq.calibration import Call, calibrate
 from mmptq.layers import GeluShift, QuantOp, Rescale
 from mmptq.methods import MinMax
 from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer, calibrated_parts
-from mmptq.runtime.packing import pack_codes, pack_state, unpack_codes, unpack_state
+from mmptq.checkpoints.packing import pack_codes, pack_state, unpack_codes, unpack_state
 
 from ..conftest import SWIN, VIT, adalog_tables, build_in, equip, fast, image, quantizable, randomized, rescaled
 

@@ -17,7 +17,7 @@ from mmptq.apis import load_packed, load_recipe
 from mmptq.apis.quantize import quantized_config
 from mmptq.backbones import find_spec
 from mmptq.calibration import Call, calibrate, operations
-from mmptq.engine.packed import check_types, read_packed, write_packed
+from mmptq.checkpoints.packed import check_types, read_packed, write_packed
 
 from ..conftest import SWIN, build_in, fast, image, randomized
 

@@ -1,0 +1,229 @@
+"""Which models a file may have built that comes without a config of the user's.
+
+A config is a program: to build a model runs the classes that it names, with the arguments that it
+gives. Some of these classes read files, fetch addresses or unpickle teachers. So from a file only
+classes are built that are on a list, from plain arguments that name no place, and no more of them
+than its weights can fill.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from mmengine.registry import MODELS, TASK_UTILS, Registry
+from torch.overrides import TorchFunctionMode
+
+from ..errors import QuantizationError
+from .reading import safe_loading
+
+LAYERS = set("""
+    BN BN1d BN2d SyncBN MMSyncBN LN LN2d GN IN IN2d
+    Conv Conv1d Conv2d ConvModule ConvWS ConvAWS DCN DCNv2 Linear Deconv deconv conv
+    nearest bilinear pixel_shuffle carafe InterpConv
+    ReLU ReLU6 LeakyReLU PReLU ELU GELU SiLU Swish QuickGELU HSwish HSigmoid Sigmoid Tanh Clamp Clip
+    zero reflect replicate nms soft_nms RoIAlign RoIPool
+    SinePositionalEncoding LearnedPositionalEncoding
+""".split())
+"""Layers and operations, those of mmcv and mmengine, for all packages."""
+
+MMDET = set("""
+    SwinTransformer ViT
+    MaskRCNN CascadeRCNN FasterRCNN RetinaNet ATSS FCOS GFL PAA VFNet RPN SingleStageDetector
+    TwoStageDetector HybridTaskCascade QueryInst SparseRCNN DETR ConditionalDETR DABDETR
+    DeformableDETR DINO DDQDETR MaskFormer Mask2Former PanopticFPN PointRend MaskScoringRCNN
+    DetDataPreprocessor BatchFixedSizePad BatchResize BatchSyncRandomResize
+    FPN PAFPN BFP HRFPN NASFPN ChannelMapper SimpleFPN DyHead
+    RPNHead RetinaHead RetinaSepBNHead ATSSHead FCOSHead GFLHead PAAHead VFNetHead
+    AnchorHead AnchorFreeHead
+    StandardRoIHead CascadeRoIHead DynamicRoIHead HybridTaskCascadeRoIHead PointRendRoIHead
+    MaskScoringRoIHead SparseRoIHead SingleRoIExtractor GenericRoIExtractor
+    BBoxHead ConvFCBBoxHead Shared2FCBBoxHead Shared4Conv1FCBBoxHead DoubleConvFCBBoxHead
+    FCNMaskHead HTCMaskHead FusedSemanticHead MaskIoUHead CoarseMaskHead MaskPointHead
+    DIIHead DynamicMaskHead DynamicConv EmbeddingRPNHead
+    DETRHead ConditionalDETRHead DABDETRHead DeformableDETRHead DINOHead DDQDETRHead
+    MaskFormerHead Mask2FormerHead MaskFormerFusionHead PanopticFPNHead HeuristicFusionHead
+    PixelDecoder TransformerEncoderPixelDecoder MSDeformAttnPixelDecoder
+    CrossEntropyLoss FocalLoss L1Loss SmoothL1Loss BalancedL1Loss MSELoss IoULoss GIoULoss DIoULoss
+    CIoULoss EIoULoss BoundedIoULoss DiceLoss QualityFocalLoss DistributionFocalLoss VarifocalLoss
+    GaussianFocalLoss GHMC GHMR SeesawLoss
+    AnchorGenerator SSDAnchorGenerator LegacyAnchorGenerator MlvlPointGenerator
+    DeltaXYWHBBoxCoder LegacyDeltaXYWHBBoxCoder TBLRBBoxCoder DistancePointBBoxCoder PseudoBBoxCoder
+    MaxIoUAssigner ATSSAssigner HungarianAssigner TaskAlignedAssigner DynamicSoftLabelAssigner
+    PointAssigner BboxOverlaps2D
+    RandomSampler PseudoSampler MaskPseudoSampler OHEMSampler CombinedSampler
+    InstanceBalancedPosSampler IoUBalancedNegSampler ScoreHLRSampler
+    BBoxL1Cost ClassificationCost CrossEntropyLossCost DiceCost FocalLossCost BinaryFocalLossCost
+    IoUCost
+""".split())
+
+MMSEG = set("""
+    SwinTransformer VisionTransformer BEiT MAE
+    EncoderDecoder CascadeEncoderDecoder SegDataPreProcessor BatchFixedSizePad
+    FPN MultiLevelNeck Feature2Pyramid MLANeck JPU ICNeck
+    UPerHead FCNHead PSPHead ASPPHead DepthwiseSeparableASPPHead DepthwiseSeparableFCNHead FPNHead
+    SETRUPHead SETRMLAHead SegmenterMaskTransformerHead DPTHead SegformerHead MaskFormerHead
+    Mask2FormerHead OCRHead LightHamHead ISAHead DAHead DNLHead NLHead GCHead EncHead CCHead ANNHead
+    CrossEntropyLoss DiceLoss FocalLoss LovaszLoss TverskyLoss BoundaryLoss OhemCrossEntropy
+    HuasdorffDisstanceLoss SiLogLoss SilogLoss OHEMPixelSampler
+""".split())
+
+CLASSES = {
+    '': LAYERS,
+    'mmcv': LAYERS,
+    'mmengine': LAYERS,
+    'mmdet': LAYERS | MMDET,
+    'mmseg': LAYERS | MMSEG,
+    'mmpretrain': LAYERS | {'VisionTransformer', 'SwinTransformer', 'ClsDataPreprocessor'},
+    'mmptq': {'TimmBackbone'},
+}
+"""By scope: the classes that are built from a file. Each was looked at: none reads a file or address."""
+
+PLACES = re.compile(r'pretrain|check_?point|ckpt|file|url|uri|teacher|weights$|cache|load|_dir|config')
+"""Names of arguments that say where something is to be read from."""
+
+WORD = re.compile(r'[\w\-]*')
+DOTTED = re.compile(r'\w[\w\-]*(\.\w[\w\-]*)*')
+MOST = 2**20
+"""Whole numbers in a config are less: nothing in a model is so large."""
+
+
+def trusted_model(model: dict[str, Any], default_scope: str) -> dict[str, Any]:
+    """A copy of a model's config from a file, checked, without what initializes weights.
+
+    Args:
+        model: The config, plain data.
+        default_scope: The package whose classes have no scope in their names.
+
+    Raises:
+        QuantizationError: If it names a class that is not on the list or not installed, or an argument
+            of its is a place to read from, naming it.
+    """
+    if default_scope not in CLASSES:
+        raise QuantizationError(f'the scope {default_scope!r} is none whose models are built from a file')
+    _import(default_scope)
+    checked: dict[str, Any] = _checked(model, default_scope, 'model')
+    return checked
+
+
+def _checked(value: Any, scope: str, where: str) -> Any:
+    if isinstance(value, dict):
+        scope = value.get('_scope_', scope)
+        return {
+            key: _argument(key, item, scope, f'{where}.{key}')
+            for key, item in value.items()
+            if key != 'init_cfg'  # the file has all weights
+        }
+    if isinstance(value, list | tuple):
+        return type(value)(_checked(item, scope, where) for item in value)
+    if isinstance(value, str) and not WORD.fullmatch(value):
+        raise QuantizationError(f'{where}={value[:100]!r} could name a place; {OWN}')
+    if isinstance(value, int | float) and not abs(value) < MOST and math.isfinite(value):
+        raise QuantizationError(f'{where}={value} is larger than anything in a model; {OWN}')
+    return value
+
+
+OWN = 'to build what you trust, give your own config'
+
+
+def _argument(key: str, value: Any, scope: Any, where: str) -> Any:
+    if not key.isidentifier():
+        raise QuantizationError(f'{where} is no name of an argument; {OWN}')
+    if key == '_scope_':
+        if not isinstance(value, str) or value not in CLASSES:
+            raise QuantizationError(f'{where}={value!r}: the scope is unknown; {OWN}')
+        return value
+    if key == 'type':
+        _check_class(value, scope, where)
+        return value
+    if PLACES.search(key) and value not in (None, False):
+        raise QuantizationError(f'{where} names a place to read from; {OWN}')
+    if key == 'model_name' and isinstance(value, str) and DOTTED.fullmatch(value):
+        return value  # timm's, such as vit_tiny_patch16_224.augreg_in21k
+    return _checked(value, scope, where)
+
+
+def _check_class(name: Any, default_scope: Any, where: str) -> None:
+    if not isinstance(name, str) or not DOTTED.fullmatch(name):
+        raise QuantizationError(f'{where}={name!r} is no name of a class; {OWN}')
+    scope, _, key = name.rpartition('.')
+    scope = scope or default_scope
+    if not isinstance(scope, str) or key not in CLASSES.get(scope, ()):
+        raise QuantizationError(
+            f'{where}={name!r}: the class is not on the list of those that are built from a file; {OWN}'
+        )
+    _import(scope)
+    found = any(key in registry.module_dict for registry in _registries(scope))
+    if not found and (scope != default_scope or key not in LAYERS):
+        raise QuantizationError(f'{where}={name!r}: the class is not installed')
+    if not found and key not in ('nms', 'soft_nms') and find_spec(key) is not None:
+        raise QuantizationError(f'{where}={name!r}: a module of this name would be imported; {OWN}')
+
+
+def _registries(scope: str) -> Iterator[Registry]:
+    for root in (MODELS, TASK_UTILS):
+        for registry in (root, *root.children.values()):
+            if registry.scope == scope or registry is root:
+                registry.import_from_location()
+                yield registry
+
+
+def _import(scope: str) -> None:
+    """Imports a package on the list, whose classes are then in the registries."""
+    for module in {'': ()}.get(scope, (f'{scope}.registry', f'{scope}.models')):
+        try:
+            import_module(module)
+        except ImportError:
+            continue
+
+
+class Bounded(TorchFunctionMode):
+    """Within it, no more tensors come into being than a number of values, and a number of calls, allow."""
+
+    NEW = frozenset(
+        getattr(torch, name)
+        for name in 'empty zeros ones full rand randn randint arange linspace eye randperm'.split()
+    )
+
+    def __init__(self, values: int, calls: int) -> None:
+        super().__init__()
+        self.values = values
+        self.calls = calls
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in self.NEW:
+            self.calls -= 1
+            self.values -= _count(args) + _count(tuple((kwargs or {}).values()))
+            if self.calls < 0 or self.values < 0:
+                raise QuantizationError('the model is much larger than the weights in the file')
+        return func(*args, **(kwargs or {}))
+
+
+def _count(arguments: Any) -> int:
+    """At least so many values as whole numbers among the arguments of a factory ask for."""
+    product = 1
+    for argument in arguments:
+        if isinstance(argument, int) and not isinstance(argument, bool):
+            product *= max(1, abs(argument))
+        elif isinstance(argument, list | tuple):
+            product *= _count(argument)
+    return product
+
+
+@contextmanager
+def guarded(tensors: int, values: int) -> Iterator[None]:
+    """Within it a model is built for so many tensors with so many values, and reads no code from files."""
+    with safe_loading(), Bounded(4 * values + 2**24, 100 * tensors + 10_000):
+        yield
