@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmptq import __version__
 from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe
 from mmptq.calibration import FPCS
@@ -193,6 +194,14 @@ def recipe(name='adalog_w4a4', **sites):
     loaded = load_recipe(name)
     loaded['quantizers'].update(sites)
     return Recipe.from_dict(loaded)
+
+
+def about(recipe, scope='backbone', **changes):
+    """What a file of a model quantized by a recipe says of itself."""
+    calibration = dict(dataset='CocoDataset', split='train', images=1, seed=0, shuffle=True, leak=False, seconds=1.5,
+                       peak_memory_mib=3.0)
+    return dict(version=__version__, method=recipe['method']['type'], recipe=recipe, bits=recipe['bits'], scope=scope,
+                calibration=calibration, float=None, size=dict(float_mib=1.0, quantized_mib=0.5), layers=[], **changes)
 
 
 def build_in(scope, cfg):

@@ -85,7 +85,7 @@ CLASSES = {
 }
 """By scope: the classes that are built from a file. Each was looked at: none reads a file or address."""
 
-PLACES = re.compile(r'pretrain|check_?point|ckpt|file|url|uri|teacher|weights$|cache|load|_dir|config')
+PLACES = re.compile(r'pretrained|check_?point|ckpt|file|url|uri|teacher|cache|load|_dir|config')
 """Names of arguments that say where something is to be read from."""
 
 WORD = re.compile(r'[\w\-]*')

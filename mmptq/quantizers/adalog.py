@@ -95,9 +95,10 @@ class AdaLogQuantizer(Quantizer):
 
     def fault(self, name: str, value: Tensor) -> str | None:
         """As for all quantizers; q is from 1 to 1000."""
-        if name == 'q' and not ((value >= LEAST_Q) & (value <= MOST_Q)).all():
+        fault = super().fault(name, value)
+        if fault is None and name == 'q' and not LEAST_Q <= float(value) <= MOST_Q:
             return f'is not within {LEAST_Q} to {MOST_Q}'
-        return super().fault(name, value)
+        return fault
 
     @property
     def zero_code(self) -> int:

@@ -142,7 +142,8 @@ def test_any_usual_scale_leads_back_to_the_same_codes(exponent, bits, zero_point
     model, _ = linear(Rescale, bits)
     op, quantizer = model['fc'], model['fc'].quantizer('weight')
     op.rescale.set(scale=torch.linspace(-stretch, stretch, 6).exp(), shift=torch.ones(6))
-    quantizer.set(scale=torch.full((5, 1), 10.0**exponent), zero_point=torch.full((5, 1), zero_point, dtype=torch.int32))
+    zero_points = torch.full((5, 1), zero_point % 2**bits, dtype=torch.int32)
+    quantizer.set(scale=torch.full((5, 1), 10.0**exponent), zero_point=zero_points)
     op.weight.mul_(10.0**exponent * 2**bits)
     expected = quantizer(op.rescale.weight(op.weight))
     weight = repacked(model)['fc.weight']
@@ -151,7 +152,9 @@ def test_any_usual_scale_leads_back_to_the_same_codes(exponent, bits, zero_point
 
 def test_scales_at_the_end_of_float32_are_refused_by_name():
     model, _ = linear()
-    model['fc'].quantizer('weight').set(scale=torch.full((5, 1), 1e-42), zero_point=torch.full((5, 1), 3, dtype=torch.int32))
+    quantizer = model['fc'].quantizer('weight')
+    quantizer.set(scale=torch.full((5, 1), 1.0), zero_point=torch.full((5, 1), 3, dtype=torch.int32))
+    quantizer.scale.fill_(1e-42)  # set would refuse it
     model['fc'].weight.data[0, 0] = 0  # 0 / s is NaN
     with pytest.raises(QuantizationError, match='weight of fc cannot be packed'):
         pack_state(model)

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.runner.checkpoint import _load_checkpoint
 
 from mmptq import QuantizationError
-from mmptq.checkpoints.reading import load_file, safe_loading, save_atomically
+from mmptq.checkpoints.reading import Unread, load_file, safe_loading
+from mmptq.checkpoints.writing import save_atomically
 
 
 class Code:
@@ -22,7 +22,7 @@ def test_what_a_runner_saves_can_be_read(tmp_path):
     torch.save({'state_dict': {'w': torch.ones(2)}, 'message_hub': {'loss': history}, 'meta': meta}, tmp_path / 'a.pth')
     checkpoint = load_file(tmp_path / 'a.pth')
     assert torch.equal(checkpoint['state_dict']['w'], torch.ones(2))
-    assert checkpoint['message_hub']['loss'].mean() == 1.5
+    assert isinstance(checkpoint['message_hub']['loss'], Unread)  # no one needs it
 
 
 def test_mmengine_reads_no_code_within_safe_loading_and_the_environment_is_restored(tmp_path, monkeypatch):
@@ -31,7 +31,7 @@ def test_mmengine_reads_no_code_within_safe_loading_and_the_environment_is_resto
         if before is not None:
             monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', before)
         with pytest.raises(Exception, match=r'[Ww]eights.only'), safe_loading():
-            _load_checkpoint(str(tmp_path / 'code.pth'))
+            torch.load(tmp_path / 'code.pth', weights_only=False)  # as mmengine does
         assert os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD') == before
 
 
@@ -42,8 +42,7 @@ class Reach:
 
 def test_the_way_to_histories_leads_nowhere_else(tmp_path):
     torch.save({'state_dict': {}, 'meta': Reach()}, tmp_path / 'reach.pth')
-    with pytest.raises(QuantizationError, match=r'reach\.pth'):
-        load_file(tmp_path / 'reach.pth')
+    assert isinstance(load_file(tmp_path / 'reach.pth')['meta'], Unread)  # and no method of anything
 
 
 def test_plain_state_dict_is_a_checkpoint(tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from mmptq import QuantizationError
 from mmptq.layers import GeluShift, QuantLinear, Rescale
 from mmptq.quantizers import AdaLogQuantizer, Float, UniformQuantizer, calibrated_parts
 from mmptq.quantizers.base import Grid, around, best_of
@@ -218,14 +219,49 @@ def test_axis_counts_from_the_end():
     dict(scale=torch.tensor(1.0), zero_point=torch.tensor(1), q=torch.tensor(1.0)),
     dict(scale=torch.tensor(1.0), zero=torch.tensor(1)),
     dict(scale=torch.tensor(float('nan')), zero_point=torch.tensor(1)),
-    dict(scale=torch.tensor([1.0, float('inf')]), zero_point=torch.tensor([1, 1])),
+    dict(scale=torch.tensor(float('inf')), zero_point=torch.tensor(1)),
     dict(scale=torch.tensor(0.0), zero_point=torch.tensor(1)),
-    dict(scale=torch.tensor([1.0, -1e-9]), zero_point=torch.tensor([1, 1])),
+    dict(scale=torch.tensor(-1e-9), zero_point=torch.tensor(1)),
 ])
 def test_set_takes_all_parameters_finite_ones_and_positive_scales(params):
     quantizer = UniformQuantizer(4)
     with pytest.raises(ValueError, match=r'takes the parameters|is not finite|is not positive'):
         quantizer.set(**params)
+
+
+HALF, ONE = torch.tensor(0.5), torch.tensor(1)
+EACH = torch.full((3, 1), 0.5), torch.ones(3, 1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(('axis', 'params', 'fault'), [
+    (None, dict(scale=HALF[None], zero_point=ONE), r'scale has the shape \(1,\), not 0 dimensions'),
+    (None, dict(scale=HALF, zero_point=ONE[None]), r'zero_point has the shape \(1,\)'),
+    (None, dict(scale=torch.tensor(1e-42), zero_point=ONE), 'scale is too small to divide by'),
+    (None, dict(scale=HALF.half(), zero_point=ONE), r'scale is of type torch\.float16'),
+    (None, dict(scale=ONE, zero_point=ONE), r'scale is of type torch\.int64'),
+    (None, dict(scale=HALF, zero_point=HALF), r'zero_point is of type torch\.float32, not int32'),
+    (None, dict(scale=HALF, zero_point=ONE.bool()), r'zero_point is of type torch\.bool'),
+    (None, dict(scale=HALF, zero_point=-ONE), 'zero_point is not within 0 to 15'),
+    (None, dict(scale=HALF, zero_point=16 * ONE), 'zero_point is not within 0 to 15'),
+    (-2, dict(scale=EACH[0].t(), zero_point=EACH[1]), r'scale has the shape \(1, 3\), not \(3, 1\)'),
+    (-2, dict(scale=EACH[0][:2], zero_point=EACH[1]), r'scale has the shape \(2, 1\), not \(3, 1\)'),
+    (-2, dict(scale=EACH[0], zero_point=EACH[1][:0]), r'zero_point has the shape \(0, 1\), not \(3, 1\)'),
+    (-2, dict(scale=HALF, zero_point=ONE), r'scale has the shape \(\), not 2 dimensions'),
+])
+def test_set_and_checkpoints_take_parameters_of_the_right_shape_type_and_range(axis, params, fault):
+    quantizer = UniformQuantizer(4, axis=axis)
+    quantizer.groups = None if axis is None else 3
+    with pytest.raises(ValueError, match=fault):
+        quantizer.set(**params)
+    with pytest.raises(QuantizationError, match=fault):
+        quantizer.load_state_dict(params)
+    assert quantizer.params is None
+
+
+@pytest.mark.parametrize('q', [0.5, 1001.0, -37.0])
+def test_a_base_is_within_what_is_possible(q):
+    with pytest.raises(ValueError, match='q is not within 1 to 1000'):
+        AdaLogQuantizer(4).set(scale=HALF, q=torch.tensor(q))
 
 
 def test_a_rejected_set_leaves_the_quantizer_uncalibrated():

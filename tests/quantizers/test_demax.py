@@ -333,13 +333,15 @@ def test_checkpoints_bring_the_length():
     fresh.load_state_dict(saved)
     x = probabilities(4, 30)
     assert fresh.length == 30.5 and torch.equal(fresh(x), demax(3, side='float16')(x))
-    with pytest.raises(RuntimeError, match=r'length: shape \(1,\) does not fit'):
+    with pytest.raises(RuntimeError, match=r'length has the shape \(1,\), not 0 dimensions'):
         fresh.load_state_dict({'length': torch.ones(1)})
 
 
 def test_a_length_must_be_finite():
     with pytest.raises(ValueError, match='length is not finite'):
         DeMaxQuantizer(4).set(length=torch.tensor(torch.inf))
+    with pytest.raises(ValueError, match='length is not a length, of at least 1'):
+        DeMaxQuantizer(4).set(length=torch.tensor(0.5))
 
 
 @pytest.mark.parametrize(('options', 'named'), [
