@@ -1,12 +1,13 @@
 """The registered build functions: they build what the original config builds, then convert it in place."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec as find_module
 from typing import Any
 
+import torch
 from mmengine.registry import MODELS as MMENGINE_MODELS
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import QuantizationError
 from ..quantizers import calibrated_parts
@@ -20,6 +21,51 @@ TRAINING_ONLY = ('auxiliary_head.',)
 """Parts of a segmentor that a test does not run."""
 
 
+def refuse_misfit(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before a checkpoint is loaded, by whom ever: raises QuantizationError if it is calibrated and does not fit.
+
+    mmengine passes over weights that are missing or have another shape. With quantizers that were calibrated for a whole model, that
+    must not be: the key is named.
+    """
+    given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not any('_quantizer.' in key for key in given):
+        return  # a float checkpoint; its keys are compared elsewhere
+    ranges = index_ranges(module)
+    for name, own in module.state_dict().items():
+        value = given.get(name)
+        if value is None and not name.endswith('num_batches_tracked'):
+            raise QuantizationError(f'the checkpoint is of another model: it lacks {prefix}{name}')
+        fault = None if value is None else state_fault(value, own, ranges.get(name))
+        if fault and not is_parameter_of_quantizer(name):
+            raise QuantizationError(f'the checkpoint is of another model: {prefix}{name} {fault}')
+    places = {f'{name}.{key}' for name, part in calibrated_parts(module).items() for key in part.param_names}
+    surplus = [key for key in given if is_parameter_of_quantizer(key) and key not in places and not key.endswith('.gain')]
+    if surplus:
+        raise QuantizationError(f'the checkpoint has parameters of quantizers that the recipe does not have: {prefix}{surplus[0]}')
+
+
+def is_parameter_of_quantizer(key: str) -> bool:
+    """Whether a key of a state is that of a quantizer's parameter, which the quantizer itself checks."""
+    return '_quantizer.' in key or '.rescale.' in key
+
+
+def index_ranges(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Least and largest value of each buffer of whole numbers, such as the places in a table of biases."""
+    return {name: (int(buffer.min()), int(buffer.max())) for name, buffer in module.named_buffers()
+            if buffer.ndim and buffer.numel() and buffer.dtype in (torch.int64, torch.int32)}
+
+
+def state_fault(value: Any, own: Tensor, places: tuple[int, int] | None) -> str | None:
+    """Why a value cannot be that of a weight or buffer, if it is so."""
+    if not isinstance(value, Tensor) or value.shape != own.shape:
+        return f'has the shape {tuple(getattr(value, "shape", ()))}, not {tuple(own.shape)}'
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        return 'holds values that are NaN or infinite'
+    if places and value.numel() and not places[0] <= int(value.min()) <= int(value.max()) <= places[1]:
+        return f'holds places outside of {places[0]} to {places[1]}'
+    return None
+
+
 def refuse_half(module: nn.Module, incompatible_keys: object) -> None:
     """After a checkpoint was loaded: raises QuantizationError if it calibrated some quantizers and others not."""
     quantizers = calibrated_parts(module)
@@ -27,6 +73,12 @@ def refuse_half(module: nn.Module, incompatible_keys: object) -> None:
     if absent and any(quantizer.params is not None for quantizer in quantizers.values()):
         raise QuantizationError(f'the checkpoint lacks parameters of quantizers: {", ".join(absent[:5])}'
                                 + (f' and {len(absent) - 5} more' if len(absent) > 5 else ''))
+
+
+def watch_loading(module: nn.Module) -> None:
+    """Has every checkpoint checked that is loaded into a module, also by tools that know nothing of mmptq."""
+    module._register_load_state_dict_pre_hook(refuse_misfit, with_module=True)
+    module.register_load_state_dict_post_hook(refuse_half)
 
 
 def build_float(cfg: dict[str, Any]) -> Any:
@@ -61,7 +113,7 @@ def QuantBackbone(backbone: dict[str, Any], recipe: str | dict[str, Any]) -> nn.
     """
     checked = Recipe.from_dict(load_recipe(recipe))
     built = build_float(backbone)
-    built.register_load_state_dict_post_hook(refuse_half)
+    watch_loading(built)
     built.quantization = convert(built, find_spec(built), checked)
     return built
 
@@ -84,7 +136,7 @@ def QuantModel(model: dict[str, Any], recipe: str | dict[str, Any], idle: Sequen
     """
     checked = Recipe.from_dict(load_recipe(recipe))
     built = build_float(model)
-    built.register_load_state_dict_post_hook(refuse_half)
+    watch_loading(built)
     if not isinstance(getattr(built, 'backbone', None), nn.Module):
         raise QuantizationError(f'{type(built).__name__} has no backbone')
     backbone = convert(built.backbone, find_spec(built.backbone), checked)

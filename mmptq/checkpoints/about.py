@@ -127,11 +127,18 @@ def how_made(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any] | Non
     """What a quantized checkpoint says of itself; None of a float one.
 
     Raises:
-        QuantizationError: If that is not what mmptq writes, see :func:`checked_about`.
+        QuantizationError: If that is not what mmptq writes, see :func:`checked_about`, or the file has
+            parameters of quantizers and says nothing of them.
     """
     meta = checkpoint.get('meta')
     about = meta.get('mmptq') if type(meta) is dict else None
-    return None if about is None else checked_about(about, source)
+    if about is not None:
+        return checked_about(about, source)
+    if any('_quantizer.' in key for key in checkpoint['state_dict']):
+        raise QuantizationError(
+            f'{source} has parameters of quantizers, but does not say by which recipe it was made'
+        )
+    return None
 
 
 def dataset_meta(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -274,11 +274,9 @@ def load_checked(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
 
     Raises:
         QuantizationError: If weights are missing or have other shapes; if parameters of some
-            quantizers, but not of all, are there; if some have no quantizer; or if indices lie
-            outside of what they index.
+            quantizers, but not of all, are there; or if some have no quantizer.
     """
     state = {re.sub(r'^module\.', '', key): value for key, value in state_dict.items()}
-    ranges = _index_ranges(model)
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except QuantizationError as error:
@@ -304,28 +302,7 @@ def load_checked(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
         )
     if absent and any(module.params is not None for module in quantizers.values()):
         raise QuantizationError(f'{source} lacks parameters of quantizers: {some(absent)}')
-    _check_indices(model, ranges, source)
     return list(unexpected)
-
-
-def _index_ranges(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Least and largest value of each buffer of whole numbers, such as places in a table of biases."""
-    return {
-        name: (int(buffer.min()), int(buffer.max()))
-        for name, buffer in model.named_buffers()
-        if buffer.ndim and buffer.numel() and buffer.dtype in (torch.int64, torch.int32)
-        if not name.endswith('zero_point')
-    }
-
-
-def _check_indices(model: nn.Module, ranges: Mapping[str, tuple[int, int]], source: str) -> None:
-    after = _index_ranges(model)
-    for name, (least, largest) in ranges.items():
-        if name in after and not least <= after[name][0] <= after[name][1] <= largest:
-            raise QuantizationError(
-                f'{source}: {name} has values from {after[name][0]} to {after[name][1]}, and the '
-                f'model knows places {least} to {largest}'
-            )
 
 
 def is_calibrated(model: nn.Module) -> bool:
