@@ -29,6 +29,7 @@ setup(
         'timm': ['timm>=1.0'],
         'onnx': ['onnx', 'onnxruntime', 'onnxscript'],
         'test': ['pytest', 'hypothesis', 'ruff', 'mypy', 'onnx', 'onnxruntime', 'onnxscript'],
+        'fuzz': ['atheris'],
     },
     entry_points={'console_scripts': ['mmptq = mmptq.cli:main']},
 )

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe, convert, find_spec
 from mmptq.calibration import Call, calibrate
-from mmptq.engine.memory import MIB
 from mmptq.checkpoints.packing import pack_state
+from mmptq.engine.memory import MIB
 
 
 def main() -> None:

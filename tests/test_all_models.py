@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten
 from mmptq.apis import load_recipe
 from mmptq.apis.quantize import quantized_config
 from mmptq.calibration import operations
-from mmptq.engine.calibration import calibrate_model, quantization
 from mmptq.checkpoints.reading import is_calibrated, load_checked
+from mmptq.engine.calibration import calibrate_model, quantization
 from mmptq.engine.data import CalibrationSet, load_config
 from mmptq.layers import QuantOp
 

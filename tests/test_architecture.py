@@ -19,10 +19,11 @@ MAY_IMPORT = {
 """Rooms that know of nothing else, and of nothing outside but torch and numpy."""
 
 MAY_NOT_IMPORT = {
-    'backbones': {'engine', 'apis', 'analysis', 'cli'},
-    'runtime': {'engine', 'apis', 'analysis', 'cli'},
+    'backbones': {'engine', 'apis', 'analysis', 'checkpoints', 'runtime', 'export', 'cli'},
+    'runtime': {'engine', 'apis', 'analysis', 'checkpoints', 'export', 'cli'},
+    'checkpoints': {'engine', 'apis', 'export', 'cli'},
     'engine': {'apis', 'cli'},
-    'analysis': {'engine', 'apis', 'cli'},
+    'analysis': {'engine', 'apis', 'checkpoints', 'cli'},
 }
 
 CLASSES = {'mmdet', 'mmseg', 'mmcv', 'mmpretrain', 'timm'}

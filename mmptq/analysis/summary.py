@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -62,11 +63,12 @@ def result_table(summaries: Sequence[Mapping[str, Any]], title: str = 'measured'
     """Float and quantized results side by side; the float row is the first summary's."""
     first = summaries[0]
     calibration = first['calibration']
-    table = Table(title=f'{title}: scope {first["scope"]}, calibrated on {calibration["images"]} images of {calibration["dataset"]} '
-                        f'{calibration["split"]}' + (' (leak)' if calibration['leak'] else ''))
+    table = Table(title=escape(
+        f'{title}: scope {first["scope"]}, calibrated on {calibration["images"]} images of {calibration["dataset"]} '
+        f'{calibration["split"]}' + (' (leak)' if calibration['leak'] else '')))
     metrics = _headlines(first['quantized'] or first['float'])
     for column in ('recipe', 'W/A/softmax', 'backend', *metrics, 'size MiB', 'eval s', 'calib s'):
-        table.add_column(column, justify='left' if column in ('recipe', 'backend') else 'right', no_wrap=True)
+        table.add_column(escape(column), justify='left' if column in ('recipe', 'backend') else 'right', no_wrap=True)
     if first['float']:
         table.add_row('float', '32 bit', '', *_values(first['float'], metrics), f'{first["size"]["float_mib"]:.2f}',
                       f'{first["float"]["seconds"]:.1f}', '')

@@ -72,7 +72,7 @@ def load_packed(path: str | Path, config: str | Config | None = None) -> nn.Modu
         cfg = load_config(config)
         scope = cfg.get('default_scope') or 'mmengine'
         built = build_quantized(float_model(cfg), scope, made, loaded, source)
-    built.dataset_meta = dataset_meta(loaded) or None  # as init_detector and init_model have it
+    built.dataset_meta = dataset_meta(loaded) or None  # type: ignore[assignment]  # as init_detector and init_model have it
     return built
 
 

@@ -138,9 +138,9 @@ class Recipe:
         """Gives an operation the quantizers of its operands' sites; a product may say how many ``heads`` it has."""
         axis = getattr(op, 'weight_axis', None)
         op.set_quantizers(sites, {role: self.build_quantizer(site, axis) for role, site in sites.items()}, heads)
-        rescale = self.quantizers[sites['input']].get('rescale') if isinstance(op, QuantLinear) else None
-        if rescale is not None:
-            op.rescale = RESCALES[rescale](op.in_features, op.out_features)
+        if isinstance(op, QuantLinear):
+            rescale = self.quantizers[sites['input']].get('rescale')
+            op.rescale = None if rescale is None else RESCALES[rescale](op.in_features, op.out_features)
 
 
 def _require_dict(value: Any, what: str) -> None:

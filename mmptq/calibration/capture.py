@@ -170,10 +170,8 @@ class Block:
         if odd:
             raise self._misfit(f'{odd[0]} is missing or too many')
         for key, value in state.items():
-            if key in parts:
-                fault = parts[key][0].fault(parts[key][1], value)
-            else:
-                fault = weight_fault(weights[key], value)
+            part, param = parts.get(key, (None, ''))
+            fault = part.fault(param, value) if part else weight_fault(weights[key], value)
             if fault:
                 raise self._misfit(f'{key} {fault}')
         for name, op in self.ops.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantizationError
 from ..layers import QuantOp, Rescale
-from ..quantizers import AdaLogQuantizer, Quantizer, UniformQuantizer
+from ..quantizers import AdaLogQuantizer, Calibrated, Quantizer, UniformQuantizer
 from ..quantizers.adalog import decode_table
 from ..quantizers.uniform import decode_uniform
 
@@ -132,16 +132,18 @@ def _unpacked(tensors: Mapping[str, Tensor], name: str, bits: int, shape: tuple[
              f'{name} is to hold {count} codes of {bits} bits in {packed_length(count, bits)} bytes, and has the shape '
              f'{tuple(packed.shape)} and type {packed.dtype}')
     operation = name.removesuffix('.weight')
-    scale, zero_point = (_taken(tensors, f'{operation}.weight_quantizer.{part}') for part in ('scale', 'zero_point'))
-    channels = (shape[0], *[1] * (len(shape) - 1))
-    for part, value in (('scale', scale), ('zero_point', zero_point)):
-        _fits(f'{operation}.weight_quantizer.{part}', value, () if scale.ndim == 0 else channels, part == 'scale')
-    weight = decode_uniform(unpack_codes(packed, bits, count).view(shape), scale, zero_point)
+    scale = _taken(tensors, f'{operation}.weight_quantizer.scale')
+    zero_point = _taken(tensors, f'{operation}.weight_quantizer.zero_point')
+    quantizer = UniformQuantizer(bits, axis=None if scale.ndim == 0 else -len(shape))
+    quantizer.groups = shape[0]
+    _fits(quantizer, f'{operation}.weight_quantizer', scale=scale, zero_point=zero_point)
+    codes = unpack_codes(packed, bits, count).view(shape)
+    weight = decode_uniform(codes, scale, zero_point)
     if f'{operation}.rescale.scale' not in tensors:
         return weight
-    for part, length in (('scale', shape[1]), ('shift', shape[1]), ('gain', shape[0])):
-        _fits(f'{operation}.rescale.{part}', _taken(tensors, f'{operation}.rescale.{part}'), (length,), True)
-    return as_kept(weight, tensors[f'{operation}.rescale.scale'])
+    parts = {part: _taken(tensors, f'{operation}.rescale.{part}') for part in ('scale', 'shift', 'gain')}
+    _fits(Rescale(shape[1], shape[0]), f'{operation}.rescale', **parts)
+    return as_kept(weight, parts['scale'])
 
 
 def _taken(tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -149,10 +151,10 @@ def _taken(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return tensors[name]
 
 
-def _fits(name: str, value: Tensor, shape: tuple[int, ...], floating: bool) -> None:
-    _require(value.shape == shape and value.is_floating_point() == floating and bool(torch.isfinite(value).all()),
-             f'{name} is to hold finite {"floats" if floating else "integers"} of shape {shape}, and has the shape {tuple(value.shape)} '
-             f'and type {value.dtype}')
+def _fits(part: Calibrated, name: str, **params: Tensor) -> None:
+    for key, value in params.items():
+        fault = part.fault(key, value)
+        _require(fault is None, f'{name}.{key} {fault}')
 
 
 def _require(condition: bool, otherwise: str) -> None:

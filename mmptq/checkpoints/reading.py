@@ -70,7 +70,7 @@ UNREAD = {
 class Unread:
     """Stands for a value that no one needs: it takes what the value would be made of, and drops it."""
 
-    def __new__(cls, *values: object) -> Unread:
+    def __new__(cls, *values: object) -> Unread:  # noqa: D102
         return object.__new__(cls)
 
     def __init__(self, *values: object) -> None:
@@ -178,7 +178,7 @@ def _pickle_of_archive(file: IO[bytes]) -> bytes:
             raise ValueError(f'its {size} bytes inflate to {inflated}')
         if archive.comment or len({entry.filename for entry in entries}) < len(entries):
             raise ValueError('its archive is not as torch.save writes it')
-        pickles = [entry for entry in entries if entry.filename.endswith('/data.pkl')]
+        pickles = [entry for entry in entries if entry.filename.rpartition('/')[2] == 'data.pkl']
         if len(pickles) != 1:
             raise ValueError(f'it has {len(pickles)} data.pkl, not one')
         if pickles[0].file_size > LONGEST_PICKLE:
@@ -241,7 +241,7 @@ def checked_state(state: Any, path: str | Path) -> OrderedDict[str, Tensor]:
 
 def _keep_versions(state: Any, result: OrderedDict[str, Tensor]) -> None:
     """torch keeps versions of modules beside a state dict, which heads of mmdet ask for."""
-    versions = vars(state).get('_metadata') if type(state) is OrderedDict else None
+    versions: Any = vars(state).get('_metadata') if type(state) is OrderedDict else None
     if type(versions) in (dict, OrderedDict):
         result._metadata = OrderedDict(  # type: ignore[attr-defined]
             (name, {'version': about.get('version')})

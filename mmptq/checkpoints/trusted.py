@@ -23,56 +23,55 @@ from torch.overrides import TorchFunctionMode
 from ..errors import QuantizationError
 from .reading import safe_loading
 
-LAYERS = set("""
-    BN BN1d BN2d SyncBN MMSyncBN LN LN2d GN IN IN2d
-    Conv Conv1d Conv2d ConvModule ConvWS ConvAWS DCN DCNv2 Linear Deconv deconv conv
-    nearest bilinear pixel_shuffle carafe InterpConv
-    ReLU ReLU6 LeakyReLU PReLU ELU GELU SiLU Swish QuickGELU HSwish HSigmoid Sigmoid Tanh Clamp Clip
-    zero reflect replicate nms soft_nms RoIAlign RoIPool
-    SinePositionalEncoding LearnedPositionalEncoding
-""".split())
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+LAYERS = _names("""
+    BN BN1d BN2d SyncBN MMSyncBN LN LN2d GN IN IN2d Conv Conv1d Conv2d ConvModule ConvWS ConvAWS
+    DCN DCNv2 Linear Deconv deconv conv nearest bilinear pixel_shuffle carafe InterpConv ReLU
+    ReLU6 LeakyReLU PReLU ELU GELU SiLU Swish QuickGELU HSwish HSigmoid Sigmoid Tanh Clamp Clip
+    zero reflect replicate nms soft_nms RoIAlign RoIPool SinePositionalEncoding
+    LearnedPositionalEncoding
+""")
 """Layers and operations, those of mmcv and mmengine, for all packages."""
 
-MMDET = set("""
-    SwinTransformer ViT
-    MaskRCNN CascadeRCNN FasterRCNN RetinaNet ATSS FCOS GFL PAA VFNet RPN SingleStageDetector
-    TwoStageDetector HybridTaskCascade QueryInst SparseRCNN DETR ConditionalDETR DABDETR
-    DeformableDETR DINO DDQDETR MaskFormer Mask2Former PanopticFPN PointRend MaskScoringRCNN
-    DetDataPreprocessor BatchFixedSizePad BatchResize BatchSyncRandomResize
-    FPN PAFPN BFP HRFPN NASFPN ChannelMapper SimpleFPN DyHead
-    RPNHead RetinaHead RetinaSepBNHead ATSSHead FCOSHead GFLHead PAAHead VFNetHead
-    AnchorHead AnchorFreeHead
-    StandardRoIHead CascadeRoIHead DynamicRoIHead HybridTaskCascadeRoIHead PointRendRoIHead
-    MaskScoringRoIHead SparseRoIHead SingleRoIExtractor GenericRoIExtractor
+MMDET = _names("""
+    SwinTransformer ViT MaskRCNN CascadeRCNN FasterRCNN RetinaNet ATSS FCOS GFL PAA VFNet RPN
+    SingleStageDetector TwoStageDetector HybridTaskCascade QueryInst SparseRCNN DETR
+    ConditionalDETR DABDETR DeformableDETR DINO DDQDETR MaskFormer Mask2Former PanopticFPN
+    PointRend MaskScoringRCNN DetDataPreprocessor BatchFixedSizePad BatchResize
+    BatchSyncRandomResize FPN PAFPN BFP HRFPN NASFPN ChannelMapper SimpleFPN DyHead RPNHead
+    RetinaHead RetinaSepBNHead ATSSHead FCOSHead GFLHead PAAHead VFNetHead AnchorHead
+    AnchorFreeHead StandardRoIHead CascadeRoIHead DynamicRoIHead HybridTaskCascadeRoIHead
+    PointRendRoIHead MaskScoringRoIHead SparseRoIHead SingleRoIExtractor GenericRoIExtractor
     BBoxHead ConvFCBBoxHead Shared2FCBBoxHead Shared4Conv1FCBBoxHead DoubleConvFCBBoxHead
-    FCNMaskHead HTCMaskHead FusedSemanticHead MaskIoUHead CoarseMaskHead MaskPointHead
-    DIIHead DynamicMaskHead DynamicConv EmbeddingRPNHead
-    DETRHead ConditionalDETRHead DABDETRHead DeformableDETRHead DINOHead DDQDETRHead
-    MaskFormerHead Mask2FormerHead MaskFormerFusionHead PanopticFPNHead HeuristicFusionHead
-    PixelDecoder TransformerEncoderPixelDecoder MSDeformAttnPixelDecoder
-    CrossEntropyLoss FocalLoss L1Loss SmoothL1Loss BalancedL1Loss MSELoss IoULoss GIoULoss DIoULoss
-    CIoULoss EIoULoss BoundedIoULoss DiceLoss QualityFocalLoss DistributionFocalLoss VarifocalLoss
-    GaussianFocalLoss GHMC GHMR SeesawLoss
-    AnchorGenerator SSDAnchorGenerator LegacyAnchorGenerator MlvlPointGenerator
-    DeltaXYWHBBoxCoder LegacyDeltaXYWHBBoxCoder TBLRBBoxCoder DistancePointBBoxCoder PseudoBBoxCoder
-    MaxIoUAssigner ATSSAssigner HungarianAssigner TaskAlignedAssigner DynamicSoftLabelAssigner
-    PointAssigner BboxOverlaps2D
-    RandomSampler PseudoSampler MaskPseudoSampler OHEMSampler CombinedSampler
-    InstanceBalancedPosSampler IoUBalancedNegSampler ScoreHLRSampler
-    BBoxL1Cost ClassificationCost CrossEntropyLossCost DiceCost FocalLossCost BinaryFocalLossCost
-    IoUCost
-""".split())
+    FCNMaskHead HTCMaskHead FusedSemanticHead MaskIoUHead CoarseMaskHead MaskPointHead DIIHead
+    DynamicMaskHead DynamicConv EmbeddingRPNHead DETRHead ConditionalDETRHead DABDETRHead
+    DeformableDETRHead DINOHead DDQDETRHead MaskFormerHead Mask2FormerHead MaskFormerFusionHead
+    PanopticFPNHead HeuristicFusionHead PixelDecoder TransformerEncoderPixelDecoder
+    MSDeformAttnPixelDecoder CrossEntropyLoss FocalLoss L1Loss SmoothL1Loss BalancedL1Loss
+    MSELoss IoULoss GIoULoss DIoULoss CIoULoss EIoULoss BoundedIoULoss DiceLoss QualityFocalLoss
+    DistributionFocalLoss VarifocalLoss GaussianFocalLoss GHMC GHMR SeesawLoss AnchorGenerator
+    SSDAnchorGenerator LegacyAnchorGenerator MlvlPointGenerator DeltaXYWHBBoxCoder
+    LegacyDeltaXYWHBBoxCoder TBLRBBoxCoder DistancePointBBoxCoder PseudoBBoxCoder MaxIoUAssigner
+    ATSSAssigner HungarianAssigner TaskAlignedAssigner DynamicSoftLabelAssigner PointAssigner
+    BboxOverlaps2D RandomSampler PseudoSampler MaskPseudoSampler OHEMSampler CombinedSampler
+    InstanceBalancedPosSampler IoUBalancedNegSampler ScoreHLRSampler BBoxL1Cost
+    ClassificationCost CrossEntropyLossCost DiceCost FocalLossCost BinaryFocalLossCost IoUCost
+""")
 
-MMSEG = set("""
-    SwinTransformer VisionTransformer BEiT MAE
-    EncoderDecoder CascadeEncoderDecoder SegDataPreProcessor BatchFixedSizePad
-    FPN MultiLevelNeck Feature2Pyramid MLANeck JPU ICNeck
-    UPerHead FCNHead PSPHead ASPPHead DepthwiseSeparableASPPHead DepthwiseSeparableFCNHead FPNHead
-    SETRUPHead SETRMLAHead SegmenterMaskTransformerHead DPTHead SegformerHead MaskFormerHead
-    Mask2FormerHead OCRHead LightHamHead ISAHead DAHead DNLHead NLHead GCHead EncHead CCHead ANNHead
-    CrossEntropyLoss DiceLoss FocalLoss LovaszLoss TverskyLoss BoundaryLoss OhemCrossEntropy
-    HuasdorffDisstanceLoss SiLogLoss SilogLoss OHEMPixelSampler
-""".split())
+
+MMSEG = _names("""
+    SwinTransformer VisionTransformer BEiT MAE EncoderDecoder CascadeEncoderDecoder
+    SegDataPreProcessor BatchFixedSizePad FPN MultiLevelNeck Feature2Pyramid MLANeck JPU ICNeck
+    UPerHead FCNHead PSPHead ASPPHead DepthwiseSeparableASPPHead DepthwiseSeparableFCNHead
+    FPNHead SETRUPHead SETRMLAHead SegmenterMaskTransformerHead DPTHead SegformerHead
+    MaskFormerHead Mask2FormerHead OCRHead LightHamHead ISAHead DAHead DNLHead NLHead GCHead
+    EncHead CCHead ANNHead CrossEntropyLoss DiceLoss FocalLoss LovaszLoss TverskyLoss
+    BoundaryLoss OhemCrossEntropy HuasdorffDisstanceLoss SiLogLoss SilogLoss OHEMPixelSampler
+""")
+
 
 CLASSES = {
     '': LAYERS,
@@ -188,7 +187,7 @@ class Bounded(TorchFunctionMode):
 
     NEW = frozenset(
         getattr(torch, name)
-        for name in 'empty zeros ones full rand randn randint arange linspace eye randperm'.split()
+        for name in ['empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'randint', 'arange', 'linspace', 'eye', 'randperm']
     )
 
     def __init__(self, values: int, calls: int) -> None:

@@ -10,11 +10,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from ..checkpoints.packing import weight_codes
 from ..errors import QuantizationError
 from ..layers import GeluShift, QuantConv2d, QuantLinear, QuantOp, Rescale
 from ..quantizers import AdaLogQuantizer, DeMaxQuantizer, Quantizer, UniformQuantizer
 from ..quantizers.adalog import R, decode_values
-from ..checkpoints.packing import weight_codes
 from .trace import DOMAIN, OPSET
 
 NARROW = 4

@@ -126,6 +126,8 @@ class Calibrated(nn.Module):
         for name in self.param_names:
             value = state_dict.get(prefix + name)
             fault = None if value is None else self.fault(name, value)
+            if fault is None and value is not None and value.is_floating_point() and value.dtype != self.place.dtype:
+                fault = f'is of type {value.dtype}, not {self.place.dtype}'
             if fault:
                 raise QuantizationError(f'{prefix}{name} {fault}, as {type(self).__name__} needs it')
         # A buffer that is None is not in the module's state: make room for what the checkpoint brings.

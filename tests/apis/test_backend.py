@@ -9,8 +9,8 @@ from torch import nn
 
 from mmptq import QuantizationError
 from mmptq.apis import quantize
-from mmptq.cli import main
 from mmptq.checkpoints.reading import load_file, safe_loading
+from mmptq.cli import main
 from mmptq.layers import QuantOp
 from mmptq.runtime import kernels
 

@@ -12,9 +12,9 @@ from mmengine.config import Config
 
 from mmptq import QuantizationError
 from mmptq.apis import load_packed, pack, quantize
-from mmptq.cli import main
-from mmptq.checkpoints.reading import load_file
 from mmptq.checkpoints.packed import read_packed
+from mmptq.checkpoints.reading import load_file
+from mmptq.cli import main
 
 from ..conftest import fast, image
 from .conftest import FEW

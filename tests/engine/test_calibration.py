@@ -5,9 +5,9 @@ from torch import nn
 
 from mmptq import QuantizationError
 from mmptq.calibration import Block, BlockResult, Call
+from mmptq.checkpoints.progress import load_progress, save_progress
 from mmptq.engine import memory
 from mmptq.engine.calibration import backbone_calls, check_memory, inner_model, quantization
-from mmptq.checkpoints.progress import load_progress, save_progress
 
 
 class Segmentor(nn.Module):

@@ -16,8 +16,8 @@ from mmptq.apis import export, load_recipe
 from mmptq.apis.quantize import quantized_config
 from mmptq.backbones import find_spec
 from mmptq.calibration import Call, calibrate
-from mmptq.cli import main
 from mmptq.checkpoints.packed import write_packed
+from mmptq.cli import main
 from mmptq.export.onnx import build_graph, compare, export_onnx
 from mmptq.quantizers import calibrated_parts
 
