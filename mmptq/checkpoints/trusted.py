@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import QuantizationError
 from .reading import safe_loading
 
+
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
