@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 
 from ..analysis.summary import layer_rows, model_size
 from ..backbones import ConversionReport
+from ..backbones.build import refuse_other
 from ..backbones.convert import IDLE, layers_with_products, leave_float
 from ..calibration import check_weights
 from ..checkpoints.about import dataset_meta, how_made
@@ -252,9 +253,8 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
     """
     report = quantization(model)
     made = how_made(checkpoint, source)
-    if made and (made['scope'] != report.scope or made['recipe'] != report.recipe.to_dict()):
-        raise QuantizationError(f'{source} was quantized with recipe {made["recipe"]["name"]}, bits {made["bits"]}, scope {made["scope"]}, '
-                                'and not as asked for; use the float checkpoint, or that recipe and scope')
+    if made:
+        refuse_other(report, made, source)
     try:
         leave_float(model, report, [name for name in idle_layers(made or {}) if name not in report.skipped])
     except QuantizationError as error:
