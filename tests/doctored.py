@@ -76,6 +76,50 @@ def _tar(content):
     return file.getvalue()
 
 
+def _pickled(operations):
+    """A checkpoint whose pickle is a dict of weights made by raw operations."""
+
+    def make(whole, _):
+        pickled = b'\x80\x02}X\x0a\x00\x00\x00state_dict}' + operations + b's' + b's.'
+        return _zip(lambda archive, entries: entries.update({_data(entries): pickled}))(whole, _)
+
+    return make
+
+
+def _data(entries):
+    return next(name for name in entries if name.endswith('/data.pkl'))
+
+
+def _polyglot(content):
+    """A tar archive that begins as a file of old torch does."""
+    data, file = pickle.dumps(content, 2), io.BytesIO()
+    with tarfile.open(fileobj=file, mode='w') as archive:
+        info = tarfile.TarInfo('storages')
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+    whole = bytearray(file.getvalue())
+    whole[: len(LEGACY)] = LEGACY
+    whole[148:156] = b'        '
+    whole[148:156] = b'%06o\0 ' % sum(whole[:512])
+    return bytes(whole)
+
+
+LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
+
+
+def _shared(count):
+    """A tree of 2^count leaves in a few bytes."""
+    tree = [1]
+    for _ in range(count):
+        tree = [tree, tree]
+    return tree
+
+
+def _views(content):
+    storage = torch.zeros(2**16)
+    return saved({**content, 'state_dict': {f'x{number}': storage[:] for number in range(300)}})
+
+
 def _zip(change):
     """The archive of a checkpoint, its entries changed: a function of their names and contents."""
 
@@ -201,6 +245,14 @@ BYTES = {
     'what it says is endless': lambda _, c: saved({**c, 'meta': {'mmptq': _laughs()}}),
     'what it says is a list': lambda _, c: saved({**c, 'meta': {'mmptq': [1]}}),
     'what it says is nothing': lambda _, c: saved({**c, 'meta': {}}),
+    'a key of many tuples': _pickled(b')' + b'\x85' * 300_000 + b'K\x01'),
+    'a key of shared tuples': _pickled(b')q\x00' + b'h\x00h\x00\x86q\x00' * 60 + b'K\x01'),
+    'a storage that is called': _pickled(b'ctorch.storage\nUntypedStorage\n(J\x00\xa3\xe1\x11tRK\x01'),
+    'a set of tuples': lambda _, c: saved({**c, 'extra': {(1, 2), (3, 4)}}),
+    'an archive of old torch in disguise': lambda _, c: _polyglot(Calls(os.system, COMMAND)),
+    'a program of TorchScript': _zip(lambda archive, entries: entries.update({_data(entries).replace('data.pkl', 'constants.pkl'): b''})),
+    'a long text many times': lambda _, c: saved(_said(c, ('recipe', 'name'), ['a' * 9000] * 9000)),
+    'a layer many times': lambda _, c: saved(_said(c, ('layers',), [c['meta']['mmptq']['layers'][0]] * 40_000)),
     'a class as type': lambda _, c: saved(_said(c, ('recipe', 'method', 'type'), OrderedDict)),
     'a function as type': lambda _, c: saved(
         _said(c, ('recipe', 'quantizers', 'query', 'type'), torch._utils._rebuild_tensor_v2)
@@ -267,6 +319,10 @@ CONTENT = {
     'a weight that is not a number': holds(NORM, lambda x: x * torch.nan),
     'a weight of another shape': holds(NORM, lambda x: x[:-1]),
     'a place outside of the table': holds(INDEX, lambda x: x + 10**6),
+    'a weight beyond float32': holds(NORM, lambda x: torch.full_like(x, 1e300, dtype=torch.float64)),
+    'a weight of truth values': holds(NORM, torch.Tensor.bool),
+    'a weight with an imaginary part': holds(NORM, lambda x: x.to(torch.complex64)),
+    'a weight of eight bits': holds(NORM, lambda x: x.to(torch.float8_e4m3fn)),
     'a quantizer that the model lacks': lambda state, made: state.update(
         {'backbone.evil_quantizer.scale': torch.ones(())}
     ),
@@ -281,6 +337,14 @@ HARMLESS = {
     'classes that are calls of numpy': lambda _, c: saved(
         {**c, 'meta': {**c['meta'], 'dataset_meta': {'classes': _objects()}}}
     ),
+    'a program as config': lambda _, c: saved(
+        {**c, 'meta': {**c['meta'], 'config': f'import os; os.system("{COMMAND}")', 'epoch': 0, 'iter': 0}}
+    ),
+    'a config of mmengine beside the weights': lambda _, c: saved({**c, 'extra': _config_dict()}),
+    'classes that are a tree without end': lambda _, c: saved(
+        {**c, 'meta': {**c['meta'], 'dataset_meta': {f'k{n}': _shared(19) for n in range(50)}}}
+    ),
+    'classes that are a number': lambda _, c: saved({**c, 'meta': {**c['meta'], 'CLASSES': 7}}),
     'a dict that hides its items': lambda _, c: saved(
         {**c, 'extra': Builds(OrderedDict, (), {'items': 5, 'get': OrderedDict})}
     ),
@@ -292,6 +356,13 @@ MODELS = {
     'a command as head': lambda m: m['decode_head'].update(type='os.system', command=COMMAND),
     'a command as model': lambda m: m.update(type='subprocess.check_output', args=['touch', MARK]),
     'a loss that loads a file': lambda m: m['decode_head']['loss_decode'].update(class_weight='evil.pkl'),
+    'a loss that unpickles a file': lambda m: m['decode_head']['loss_decode'].update(class_weight='pkl'),
+    'a padding that is a module': lambda m: m.update(
+        neck=dict(type='ConvModule', in_channels=8, out_channels=8, kernel_size=1, padding_mode='evil')
+    ),
+    'a convolution that is a module': lambda m: m['decode_head'].update(conv_cfg=dict(type='Conv2d', layout='evil')),
+    'windows that take the memory': lambda m: m['backbone'].update(window_size=300),
+    'a layer many times': lambda m: m['decode_head'].update(num_convs=50_000),
     'a module as norm': lambda m: m['decode_head'].update(norm_cfg=dict(type='evil')),
     'a program as recipe of a nested backbone': lambda m: m.update(
         backbone=dict(type='mmptq.QuantBackbone', backbone=m['backbone'], recipe='evil.py')
@@ -324,6 +395,12 @@ def _objects():
     import numpy as np
 
     return np.array([Calls(os.system, COMMAND)], dtype=object) if False else np.array([1.5, 2.5])
+
+
+def _config_dict():
+    from mmengine.config import ConfigDict
+
+    return ConfigDict(a=dict(b=1), c=[1])
 
 
 def _said(content, path, value):

@@ -1,5 +1,6 @@
 """No file runs anything, through no door: what is wrong is refused by name, before long work."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / 'evil.py').write_text(EVIL)
     torch.save(doctored.Calls(__import__('os').system, doctored.COMMAND), tmp_path / 'evil.pth')
-    (tmp_path / 'evil.pkl').write_bytes((tmp_path / 'evil.pth').read_bytes())
+    for name in ('evil.pkl', 'pkl'):
+        (tmp_path / name).write_bytes(pickle.dumps(doctored.Calls(__import__('os').system, doctored.COMMAND)))
     yield tmp_path
     assert not (tmp_path / doctored.MARK).exists()
 
@@ -135,6 +137,55 @@ def test_models_from_files_are_built_from_a_list(name, honest, config, place):
     path.write_bytes(doctored.changed_packed(honest / 'quantized.safetensors', model=doctored.MODELS[name]))
     refused([by_load_packed], config, path, place)
     load_packed(path, config)  # the file's own model has no say
+
+
+def test_a_package_beside_the_file_is_not_imported(honest, config, place, capfd):
+    (place / 'mmpretrain').mkdir()
+    (place / 'mmpretrain' / '__init__.py').write_text(EVIL)
+    path = place / 'doctored.safetensors'
+
+    def of_mmpretrain(content):
+        content['backbone']['type'] = 'mmpretrain.VisionTransformer'
+
+    path.write_bytes(doctored.changed_packed(honest / 'quantized.safetensors', model=of_mmpretrain))
+    refused([by_load_packed], config, path, place)
+
+
+def test_names_of_tensors_do_not_reach_the_terminal(honest, config, place, capfd):
+    path = place / 'doctored.safetensors'
+    change = doctored.holds(doctored.NORM, lambda x: x)
+    path.write_bytes(doctored.changed_packed(honest / 'quantized.safetensors', lambda state, made: [
+        change(state, made), state.update({doctored.ESCAPE: torch.zeros(1)})]))
+    refused(DOORS['.safetensors'], config, path, place)
+    assert '\x1b[2J' not in ''.join(capfd.readouterr())
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_the_stock_tools_compare_recipe_and_scope(suffix, honest, config, place):
+    def other(state, made):
+        made['bits'].update(activation=8)
+        made['recipe']['bits'].update(activation=8)
+
+    make = doctored.changed_pth if suffix == '.pth' else doctored.changed_packed
+    path = place / f'doctored{suffix}'
+    for change in (other, doctored.says(('scope',), 'model')):
+        path.write_bytes(make(honest / f'quantized{suffix}', change))
+        for door in (by_init_model, by_stock_runner):
+            with pytest.raises(QuantizationError, match='was quantized with recipe'):
+                door(config, str(path), place)
+
+
+def test_a_config_in_a_checkpoint_is_not_run_on_resume(honest, config, place):
+    content = torch.load(honest / 'quantized.pth', weights_only=True)
+    path = place / 'doctored.pth'
+    path.write_bytes(doctored.HARMLESS['a program as config'](None, content))
+    cfg = Config.fromfile(honest / 'quantized.py')
+    cfg.work_dir, cfg.load_from, cfg.resume = str(place / 'out'), str(path), True
+    runner = Runner.from_cfg(cfg)
+    try:
+        runner.load_or_resume()
+    except (KeyError, AttributeError):  # it has no state of a training
+        pass
 
 
 def test_damaged_safetensors_are_refused(honest, config, place):
