@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..layers import QuantOp
 from ..quantizers import UniformQuantizer
 from .coders import AdaLog, Uniform, coder
+from .errors import NoIntegerForm
 
 SUMS = 16
 """Outputs that are added for a sum of the codes: one and, for speed, those that make it a whole vector."""
@@ -33,13 +34,13 @@ def input_coder(op: QuantOp) -> Uniform | AdaLog:
     """The coder of a layer's input.
 
     Raises:
-        NotImplementedError: If it is float, or has a scale for each channel.
+        NoIntegerForm: If it is float, or has a scale for each channel.
     """
     found = coder(op.quantizer('input'))
     if not isinstance(found, Uniform | AdaLog):
-        raise NotImplementedError('its input is float')
+        raise NoIntegerForm('its input is float')
     if found.scale.numel() > 1:
-        raise NotImplementedError('its input has a scale for each channel')
+        raise NoIntegerForm('its input has a scale for each channel')
     return found
 
 
@@ -47,11 +48,11 @@ def integer_weight(op: QuantOp) -> tuple[Tensor, Tensor, Tensor]:
     """A weight's integers ``code - z``, int16, the scale of each output, (out,), and the weight that they stand for.
 
     Raises:
-        NotImplementedError: If the weight is not quantized uniformly.
+        NoIntegerForm: If the weight is not quantized uniformly.
     """
     quantizer, weight = op.quantizer('weight'), op.get_parameter('weight').detach()
     if not isinstance(quantizer, UniformQuantizer) or quantizer.params is None:
-        raise NotImplementedError('its weight is float')
+        raise NoIntegerForm('its weight is float')
     rescale = getattr(op, 'rescale', None)
     params = quantizer.params
     codes = quantizer.encode(weight if rescale is None else rescale.weight(weight), **params)

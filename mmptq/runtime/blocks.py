@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantizationError
 from .coders import DeMax, Uniform
+from .errors import NoIntegerForm
 from .kernels import Attention, attend, attend_at_once
 from .linear import IntegerLinear
 from .matmul import IntegerMatMul
@@ -47,7 +48,7 @@ class IntegerBlock(nn.Module):
         window: Size and shift of the windows; None: one window.
 
     Raises:
-        NotImplementedError: If one of these is not what a fused block is written for.
+        NoIntegerForm: If one of these is not what a fused block is written for.
     """
 
     padding: Tensor
@@ -58,9 +59,9 @@ class IntegerBlock(nn.Module):
         super().__init__()
         for kind, modules in ((IntegerLinear, (qkv, proj, fc1, fc2)), (IntegerMatMul, (qk, pv))):
             if any(type(module) is not kind for module in modules):
-                raise NotImplementedError(f'not all are {kind.__name__}: {modules}')
+                raise NoIntegerForm(f'not all are {kind.__name__}: {modules}')
         if not all(isinstance(coder, Uniform) for coder in (qkv.coder, qk.left)):
-            raise NotImplementedError('queries, keys, values and what they are made from must be uniform')
+            raise NoIntegerForm('queries, keys, values and what they are made from must be uniform')
         self.norm1, self.qkv, self.qk, self.pv, self.proj = norm1, qkv, qk, pv, proj
         self.norm2, self.fc1, self.act, self.fc2 = norm2, fc1, act, fc2
         self.heads, self.window = heads, window

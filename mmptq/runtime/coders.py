@@ -12,6 +12,7 @@ from torch import Tensor
 from ..layers import GeluShift, QuantOp, Rescale
 from ..quantizers import AdaLogQuantizer, DeMaxQuantizer, Quantizer, UniformQuantizer
 from ..quantizers.adalog import R, decode_table
+from .errors import NoIntegerForm
 
 
 class Uniform(NamedTuple):
@@ -104,7 +105,7 @@ def coder(quantizer: Quantizer) -> Coder:
     """The coder of a calibrated quantizer.
 
     Raises:
-        NotImplementedError: For other kinds of quantizers than those of this package.
+        NoIntegerForm: For other kinds of quantizers than those of this package.
     """
     params = quantizer.params
     if not quantizer.param_names:
@@ -120,7 +121,7 @@ def coder(quantizer: Quantizer) -> Coder:
         return AdaLog(params['scale'], -R / params['q'], quantizer.zero_code, values.float(), params['scale'] / largest)
     if isinstance(quantizer, DeMaxQuantizer):
         return DeMax(quantizer.levels - 1, quantizer.maxima, quantizer.side == 'float16')
-    raise NotImplementedError(f'{type(quantizer).__name__} has no integer form')
+    raise NoIntegerForm(f'{type(quantizer).__name__} has no integer form')
 
 
 def change(op: QuantOp) -> Change | None:

@@ -9,6 +9,7 @@ from ..errors import QuantizationError
 from ..layers import QuantConv2d
 from .base import IntegerOp, has_onednn, has_triton, input_coder, int8_parts, integer_weight, with_more, with_sums
 from .coders import Uniform
+from .errors import NoIntegerForm
 from .kernels import encode
 from .products import Packed, Product
 
@@ -26,7 +27,7 @@ class IntegerConv2d(IntegerOp):
         self.coder = input_coder(op)
         integers, scale, _ = integer_weight(op)
         if not isinstance(self.coder, Uniform):
-            raise NotImplementedError('AdaLog before a convolution')
+            raise NoIntegerForm('AdaLog before a convolution')
         self.stride, self.dilation, self.groups = list(op.stride), list(op.dilation), op.groups
         self.in_channels, self.out_channels, self.kernel_size = op.in_channels, op.out_channels, op.kernel_size
         self.padding, self.padding_mode = list(op._reversed_padding_repeated_twice), op.padding_mode
@@ -37,19 +38,19 @@ class IntegerConv2d(IntegerOp):
         self.product: Product | None = None
         if has_triton(op.weight.device):
             if op.groups > 1:
-                raise NotImplementedError('a convolution in groups on a GPU')
+                raise NoIntegerForm('a convolution in groups on a GPU')
             from .gpu import GpuProduct
             self.path, self.product = 'int8, by Triton', GpuProduct(integers.flatten(1), self.zero_point, self.coder.most)
         elif has_onednn(op.weight.device):
             self._prepare(op, integers)
         else:
-            raise NotImplementedError('integer convolutions need oneDNN and a CPU with VNNI')
+            raise NoIntegerForm('integer convolutions need oneDNN and a CPU with VNNI')
 
     def _prepare(self, op: QuantConv2d, integers: Tensor) -> None:
         """For oneDNN."""
         parts = int8_parts(integers)
         if len(parts) > 1 and op.groups > 1:
-            raise NotImplementedError('a convolution in groups with a weight that int8 does not hold')
+            raise NoIntegerForm('a convolution in groups with a weight that int8 does not hold')
         if len(parts) == 1:
             self.path, weight = 'int8', parts[0]
         else:
@@ -72,7 +73,7 @@ class IntegerConv2d(IntegerOp):
         expected = F.conv2d((codes - self.zero_point).double(), weight.double(), None, self.stride, 0, self.dilation, self.groups)
         found = self._sums(codes.to(torch.uint8), torch.ones_like(self.gain), None)
         if not torch.equal(found, expected.float()):
-            raise NotImplementedError('oneDNN has no exact product for its shape')
+            raise NoIntegerForm('oneDNN has no exact product for its shape')
 
     def _sums(self, codes: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         """``sums gain + bias`` of padded codes."""

@@ -14,6 +14,7 @@ from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from ..quantizers import Quantizer
 from .base import IntegerOp, has_hooks, has_triton
 from .conv import IntegerConv2d
+from .errors import NoIntegerForm
 from .forms import fused_forms, is_merging
 from .linear import IntegerLinear
 from .matmul import IntegerMatMul
@@ -48,15 +49,15 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
     for name, op in ops.items():
         try:
             if has_hooks(op):
-                raise NotImplementedError('it has forward hooks')
+                raise NoIntegerForm('it has forward hooks')
             if isinstance(op, QuantLinear) and op in mergings:
                 reduction = IntegerLinear(op, merged_order(mergings[op].in_channels))
                 replaced[mergings[op]] = IntegerMerging(mergings[op], reduction).eval()
                 paths[name] = reduction.path
             else:
-                replaced[op] = integer = INTEGER[type(op)](op).eval()
+                replaced[op] = integer = integer_form(op).eval()
                 paths[name] = integer.path
-        except NotImplementedError as reason:
+        except NoIntegerForm as reason:
             paths[name] = f'simulated: {reason}'
     replace_modules(model, replaced)
     model.requires_grad_(False)  # integer products have no gradient
@@ -65,6 +66,17 @@ def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
     if device.type == 'cpu' and not torch.cpu._is_vnni_supported():
         logging.getLogger('mmengine').warning('this CPU has no VNNI: integer products are exact, but slow')
     return paths
+
+
+def integer_form(op: QuantOp) -> IntegerOp:
+    """The integer operation that stands for a quantized one.
+
+    Raises:
+        NoIntegerForm: If it has none; the text is the reason.
+    """
+    if type(op) not in INTEGER:
+        raise NoIntegerForm(f'{type(op).__name__} has no entry in mmptq.runtime.convert.INTEGER')
+    return INTEGER[type(op)](op)
 
 
 def check_ready(model: nn.Module, ops: dict[str, QuantOp]) -> None:

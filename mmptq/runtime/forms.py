@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..backbones.fused import BLOCKS, MAPPED, MERGINGS, NORMS, BlockParts, full_name
 from .base import has_hooks, has_triton
 from .blocks import IntegerBlock
+from .errors import NoIntegerForm
 from .linear import IntegerLinear
 from .merging import MapNorm
 
@@ -26,7 +27,7 @@ def fused_forms(model: nn.Module) -> dict[nn.Module, nn.Module]:
         if name in BLOCKS:
             try:
                 forms[module] = block_form(module, BLOCKS[name], kind)
-            except NotImplementedError:  # some of its operations stay simulated, or it computes more
+            except NoIntegerForm:  # some of its operations stay simulated, or it computes more
                 continue
     return forms
 
@@ -35,26 +36,26 @@ def block_form(block: nn.Module, parts: BlockParts, kind: type[IntegerBlock]) ->
     """The fused form of a block.
 
     Raises:
-        NotImplementedError: If it computes anything else than this.
+        NoIntegerForm: If it computes anything else than this.
     """
     def part(name: str) -> Any:
         return _part(block, name)
 
     if has_hooks(block):
-        raise NotImplementedError('it has forward hooks')
+        raise NoIntegerForm('it has forward hooks')
     attention, proj, fc2 = part(parts.attention), part(parts.proj), part(parts.fc2)
     others = [part(name) for name in parts.identities]
     scales = [part(name) for name in parts.scales]
     gammas = [getattr(module, 'gamma', None) for module in scales]
     others += [module for module, gamma in zip(scales, gammas, strict=True) if gamma is None]
     if any(module is not None and type(module) is not nn.Identity for module in others):
-        raise NotImplementedError('it computes more than a plain block')
+        raise NoIntegerForm('it computes more than a plain block')
     if any(full_name(type(part(name))) != kind for name, kind in parts.containers):
-        raise NotImplementedError('its parts are called in another way')
+        raise NoIntegerForm('its parts are called in another way')
     if parts.attention_class not in map(full_name, type(attention).__bases__):
-        raise NotImplementedError(f'its attention is {full_name(type(attention))}')
+        raise NoIntegerForm(f'its attention is {full_name(type(attention))}')
     if any(full_name(type(part(name))) not in NORMS for name in (parts.norm1, parts.norm2)):
-        raise NotImplementedError('its norms are no plain layer norms')
+        raise NoIntegerForm('its norms are no plain layer norms')
     width = proj.in_features // attention.num_heads
     windows = None if parts.windows is None else part(parts.windows)
     proj, fc2 = (layer if gamma is None or type(layer) is not IntegerLinear else layer.scaled(gamma.detach())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import QuantizationError
 from .blocks import IntegerBlock
 from .coders import AdaLog, Change, Coder, DeMax, Uniform
+from .errors import NoIntegerForm
 from .gpu_kernels import ADALOG, DEMAX, KEYS, UNIFORM, attend_kernel, encode_normalized_kernel, multiply_kernel
 from .kernels import Attention
 from .matmul import EXACT
@@ -31,14 +32,14 @@ def tried(run: Callable[[], Result]) -> Result:
     """What a first launch gives.
 
     Raises:
-        NotImplementedError: If it fails: Triton's compiler raises errors of several kinds, and what a GPU lacks is known only then.
+        NoIntegerForm: If it fails: Triton's compiler raises errors of several kinds, and what a GPU lacks is known only then.
     """
     try:
         return run()
     except Exception as error:
         reason = f'a kernel of Triton failed: {type(error).__name__}: {error}'
         logging.getLogger('mmengine').warning(f'{reason}; what it is for runs without it')
-        raise NotImplementedError(reason) from error
+        raise NoIntegerForm(reason) from error
 
 
 class GpuProduct:
@@ -53,7 +54,7 @@ class GpuProduct:
         most: The largest code.
 
     Raises:
-        NotImplementedError: If the sums are not those of an int64 product, which is tried once.
+        NoIntegerForm: If the sums are not those of an int64 product, which is tried once.
     """
 
     at_once = takes_change = True
@@ -73,7 +74,7 @@ class GpuProduct:
         expected = (codes - zero_point).double() @ integers.double().T
         found = tried(lambda: self(codes.to(torch.uint8), torch.ones_like(self.none), None))
         if not torch.equal(found, expected.float()):
-            raise NotImplementedError('Triton has no exact product for its shape')
+            raise NoIntegerForm('Triton has no exact product for its shape')
 
     def __call__(self, codes: Tensor, gain: Tensor, offset: Tensor | None, steps: Steps | None = None, gelu: bool = False) -> Tensor:
         """See :class:`mmptq.runtime.products.Product`."""
@@ -144,12 +145,12 @@ class GpuAttention:
         window: Size and shift of the windows; None: one window.
 
     Raises:
-        NotImplementedError: For more than one maximum of DeMax, and heads of more channels than float32 has exact sums of.
+        NoIntegerForm: For more than one maximum of DeMax, and heads of more channels than float32 has exact sums of.
     """
 
     def __init__(self, attention: Attention, heads: int, channels: int, window: tuple[int, int] | None) -> None:
         if channels * 255**2 >= EXACT:
-            raise NotImplementedError(f'heads of {channels} channels')
+            raise NoIntegerForm(f'heads of {channels} channels')
         self.heads, self.channels, self.window = heads, channels, window
         coder, probabilities, device = attention.output, attention.probabilities, attention.gain.device
         assert isinstance(coder, Uniform)
@@ -189,14 +190,14 @@ class GpuBlock(IntegerBlock):
     """A block on a GPU: all images at once, seven passes over memory.
 
     Raises:
-        NotImplementedError: If one of its parts is not what the kernels are written for.
+        NoIntegerForm: If one of its parts is not what the kernels are written for.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for layer in (self.proj, self.fc1):
             if not isinstance(layer.coder, Uniform):
-                raise NotImplementedError(f'a kernel for {type(layer.coder).__name__} before a layer')
+                raise NoIntegerForm(f'a kernel for {type(layer.coder).__name__} before a layer')
         assert isinstance(self.qkv.coder, Uniform) and isinstance(self.fc1.coder, Uniform)
         self.first = GpuNorm(self.norm1, self.qkv.change, self.qkv.coder)
         self.second = GpuNorm(self.norm2, self.fc1.change, self.fc1.coder)
@@ -224,7 +225,7 @@ def described(coder: Coder) -> tuple[int, tuple[Tensor | float, Tensor | float],
     """Of a coder of probabilities: its kind, two numbers for each head, its last code, and whether side data are float16.
 
     Raises:
-        NotImplementedError: For other kinds, and for more than one maximum of DeMax.
+        NoIntegerForm: For other kinds, and for more than one maximum of DeMax.
     """
     if isinstance(coder, Uniform):
         return UNIFORM, (coder.scale, coder.most - coder.zero), float(coder.most), False
@@ -232,7 +233,7 @@ def described(coder: Coder) -> tuple[int, tuple[Tensor | float, Tensor | float],
         return ADALOG, (coder.full.reciprocal(), coder.rate), float(coder.last), False
     if isinstance(coder, DeMax) and coder.maxima == 1:
         return DEMAX, (0.0, 0.0), float(coder.most), coder.half
-    raise NotImplementedError('two or more maxima of DeMax' if isinstance(coder, DeMax) else 'float probabilities')
+    raise NoIntegerForm('two or more maxima of DeMax' if isinstance(coder, DeMax) else 'float probabilities')
 
 
 def vectors(change: Change | None, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ class IntegerLinear(IntegerOp):
         order: Of the inputs, if they will come in another one, (in,).
 
     Raises:
-        NotImplementedError: If it cannot be computed so; the text is the reason.
+        NoIntegerForm: If it cannot be computed so; the text is the reason.
     """
 
     answers_for_weight = True

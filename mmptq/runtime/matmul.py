@@ -9,6 +9,7 @@ from ..layers import QuantMatMul
 from ..quantizers.base import in_chunks
 from .base import IntegerOp
 from .coders import AdaLog, Coder, DeMax, Uniform, Whole, coder
+from .errors import NoIntegerForm
 from .kernels import integer_product, softmax_side, with_maxima
 
 EXACT = 2**24
@@ -25,7 +26,7 @@ class IntegerMatMul(IntegerOp):
         super().__init__()
         self.left, self.right = coder(op.quantizer('left')), coder(op.quantizer('right'))
         if not isinstance(self.right, Uniform) or isinstance(self.left, Whole):
-            raise NotImplementedError(f'a product of {type(self.left).__name__} and {type(self.right).__name__} operands')
+            raise NoIntegerForm(f'a product of {type(self.left).__name__} and {type(self.right).__name__} operands')
         exact = isinstance(self.left, Uniform | DeMax)
         # Products of AdaLog's table values with integers are exact, and their sums are not.
         self.held = int((EXACT - 1) // max(1.0, self._largest(self.left) * self.right.largest)) if exact else sys.maxsize

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import QuantizationError
 from .coders import Change
+from .errors import NoIntegerForm
 
 FEWEST = 32
 """Rows that ``torch._int_mm`` gets at least."""
@@ -108,7 +109,7 @@ class IntMM(Plain):
 
     def __init__(self, weight: Tensor, parts: int, zero_point: int) -> None:
         if weight.is_cuda and (weight.shape[0] % 8 or weight.shape[1] % 8):
-            raise NotImplementedError('torch._int_mm takes sizes on a GPU that 8 divides')
+            raise NoIntegerForm('torch._int_mm takes sizes on a GPU that 8 divides')
         self.weight, self.parts, self.zero_point = weight, parts, zero_point
         self.lacking = weight.sum(1, dtype=torch.int64)
 

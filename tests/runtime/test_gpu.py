@@ -19,6 +19,7 @@ from mmptq import QuantizationError
 from mmptq.layers import QuantConv2d
 from mmptq.runtime import base, conv, convert, forms, gpu, kernels, linear, to_integer
 from mmptq.runtime.coders import AdaLog, Change, DeMax, Uniform
+from mmptq.runtime.errors import NoIntegerForm
 from mmptq.runtime.products import Steps
 from mmptq.runtime.windows import places
 
@@ -200,7 +201,7 @@ def test_a_convolution_is_that_of_the_simulation(kernel, stride, padding, dilati
     assert converted.path == 'int8, by Triton'
     torch.testing.assert_close(converted(x), op(x), rtol=1e-6, atol=1e-2)
     grouped = equip(QuantConv2d.from_float(nn.Conv2d(4, 4, 1, groups=2)), input=whole(1, 0, 8), weight=whole(1, [8] * 4, 4, axis=-4))
-    with pytest.raises(NotImplementedError, match='in groups on a GPU'):
+    with pytest.raises(NoIntegerForm, match='in groups on a GPU'):
         conv.IntegerConv2d(grouped)
 
 
@@ -246,9 +247,9 @@ def test_inputs_of_another_width_are_refused():
 def test_two_maxima_and_wide_heads_have_no_kernel():
     attention = kernels.Attention(((0, 0, 0),) * 3, torch.ones(1), None, -1, DeMax(15, 2, True), torch.ones(1), (1, 1), None,
                                   uniform(1, 0, 8))
-    with pytest.raises(NotImplementedError, match='two or more maxima'):
+    with pytest.raises(NoIntegerForm, match='two or more maxima'):
         gpu.GpuAttention(attention, 1, 8, None)
-    with pytest.raises(NotImplementedError, match='heads of 300 channels'):
+    with pytest.raises(NoIntegerForm, match='heads of 300 channels'):
         gpu.GpuAttention(attention._replace(probabilities=uniform(1, 0, 8)), 1, 300, None)
 
 

@@ -18,6 +18,7 @@ from mmptq.runtime import kernels
 from mmptq.runtime.base import has_onednn, int8_parts
 from mmptq.runtime.coders import Uniform
 from mmptq.runtime.conv import IntegerConv2d
+from mmptq.runtime.errors import NoIntegerForm
 from mmptq.runtime.linear import IntegerLinear
 from mmptq.runtime.matmul import IntegerMatMul
 from mmptq.runtime.products import int_mm
@@ -130,7 +131,7 @@ def test_the_sums_of_a_convolution_are_exact(data, weight_bits, input_bits, seed
     op.weight.data = tensor(weight)
     equip(op, input=whole(1, zero, input_bits), weight=whole(1, weight_zero, weight_bits, axis=-4))
     if groups > 1 and bool((weight > 127).any() or (weight < -128).any()):
-        with pytest.raises(NotImplementedError, match='in groups'):
+        with pytest.raises(NoIntegerForm, match='in groups'):
             IntegerConv2d(op)
         return
     double = nn.Conv2d(inside, out, kernel, stride, padding, dilation, groups, bias=False, padding_mode=mode).double()
@@ -295,18 +296,18 @@ def test_a_convolution_names_a_batch_of_no_images_and_takes_views():
 def test_what_has_no_integer_form_says_why(monkeypatch):
     weight, conv = whole(0.1, 8, 4), nn.Conv2d(3, 4, 3)
     for quantizer, part in ((Float(8), 'its input is float'), (whole(0.1, [8] * 3, 4, axis=-1), 'a scale for each channel')):
-        with pytest.raises(NotImplementedError, match=part):
+        with pytest.raises(NoIntegerForm, match=part):
             IntegerLinear(equip(QuantLinear(3, 5), input=quantizer, weight=weight))
-    with pytest.raises(NotImplementedError, match='its weight is float'):
+    with pytest.raises(NoIntegerForm, match='its weight is float'):
         IntegerLinear(equip(QuantLinear(3, 5), input=weight, weight=Float(8)))
-    with pytest.raises(NotImplementedError, match='product of'):
+    with pytest.raises(NoIntegerForm, match='product of'):
         IntegerMatMul(equip(QuantMatMul(), left=weight, right=adalog(4, 37)))
-    with pytest.raises(NotImplementedError, match='product of'):
+    with pytest.raises(NoIntegerForm, match='product of'):
         IntegerMatMul(equip(QuantMatMul(), left=Float(8), right=weight))
-    with pytest.raises(NotImplementedError, match='AdaLog before a convolution'):
+    with pytest.raises(NoIntegerForm, match='AdaLog before a convolution'):
         IntegerConv2d(equip(QuantConv2d.from_float(conv), input=adalog(4, 37), weight=weight))
     monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: False)
-    with pytest.raises(NotImplementedError, match='oneDNN'):
+    with pytest.raises(NoIntegerForm, match='oneDNN'):
         IntegerConv2d(equip(QuantConv2d.from_float(conv), input=weight, weight=weight))
 
 
@@ -333,7 +334,7 @@ def test_convolutions_that_onednn_gets_wrong_are_not_left_to_it(channels, kernel
     expected = op(x)
     try:
         result = IntegerConv2d(op)(x)
-    except NotImplementedError as reason:
+    except NoIntegerForm as reason:
         assert 'exact' in str(reason) and channels > 3
     else:
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
