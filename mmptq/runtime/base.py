@@ -1,15 +1,17 @@
 """What integer operations share: inputs and weights as integers."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import QuantOp
-from ..quantizers import UniformQuantizer
-from .coders import AdaLog, Uniform, coder
-from .errors import NoIntegerForm
+from ..quantizers import Float, Quantizer, UniformQuantizer
+from .coders import AdaLog, DeMax, Uniform, Whole, coder
+from .errors import NoIntegerForm, required
 
 SUMS = 16
 """Outputs that are added for a sum of the codes: one and, for speed, those that make it a whole vector."""
@@ -34,11 +36,13 @@ def input_coder(op: QuantOp) -> Uniform | AdaLog:
     """The coder of a layer's input.
 
     Raises:
-        NoIntegerForm: If it is float, or has a scale for each channel.
+        NoIntegerForm: If it is float, has a step of its own in each row, or a scale for each channel.
     """
     found = coder(op.quantizer('input'))
-    if not isinstance(found, Uniform | AdaLog):
+    if isinstance(found, Whole):
         raise NoIntegerForm('its input is float')
+    if isinstance(found, DeMax):
+        raise NoIntegerForm('its input has a step for each row (DeMax)')
     if found.scale.numel() > 1:
         raise NoIntegerForm('its input has a scale for each channel')
     return found
@@ -48,16 +52,28 @@ def integer_weight(op: QuantOp) -> tuple[Tensor, Tensor, Tensor]:
     """A weight's integers ``code - z``, int16, the scale of each output, (out,), and the weight that they stand for.
 
     Raises:
-        NoIntegerForm: If the weight is not quantized uniformly.
+        NoIntegerForm: If the weight is float, or its quantizer has no entry in :data:`WEIGHTS`.
     """
-    quantizer, weight = op.quantizer('weight'), op.get_parameter('weight').detach()
-    if not isinstance(quantizer, UniformQuantizer) or quantizer.params is None:
+    quantizer = op.quantizer('weight')
+    if isinstance(quantizer, Float):
         raise NoIntegerForm('its weight is float')
+    return required(WEIGHTS, quantizer, 'mmptq.runtime.base.WEIGHTS')(op, quantizer)
+
+
+def uniform_weight(op: QuantOp, quantizer: UniformQuantizer) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`integer_weight` gives for a uniform quantizer."""
+    weight, params = op.get_parameter('weight').detach(), quantizer.params
+    assert params is not None
     rescale = getattr(op, 'rescale', None)
-    params = quantizer.params
     codes = quantizer.encode(weight if rescale is None else rescale.weight(weight), **params)
     integers = codes - params['zero_point'].to(codes.dtype)
     return integers, params['scale'].reshape(-1).expand(len(weight)).contiguous(), integers.to(weight.dtype) * params['scale']
+
+
+WEIGHTS: dict[type[Quantizer], Callable[[QuantOp, Any], tuple[Tensor, Tensor, Tensor]]] = {
+    UniformQuantizer: uniform_weight,
+}
+"""What makes the integers of a weight, by the class of its quantizer."""
 
 
 def int8_parts(integers: Tensor) -> list[Tensor]:
