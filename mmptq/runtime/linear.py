@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import QuantLinear
-from .base import IntegerOp, has_onednn, has_triton, input_coder, int8_parts, int8_path, integer_weight, with_more, with_sums
+from .backend import Backend, PreparedProduct
+from .base import IntegerOp, input_coder, integer_weight
 from .coders import AdaLog, Change, Uniform, change
+from .int8 import with_more
 from .kernels import encode, encode_normalized, encode_normalized_and_copy
-from .products import IntMM, OneDNN, Product, Steps, Tables
+from .products import Steps, Tables
 
 
 class IntegerLinear(IntegerOp):
@@ -27,6 +29,7 @@ class IntegerLinear(IntegerOp):
 
     Args:
         op: A calibrated layer.
+        backend: What multiplies its codes.
         order: Of the inputs, if they will come in another one, (in,).
 
     Raises:
@@ -37,7 +40,7 @@ class IntegerLinear(IntegerOp):
     offset: Tensor | None
     weight: Tensor
 
-    def __init__(self, op: QuantLinear, order: Tensor | None = None) -> None:
+    def __init__(self, op: QuantLinear, backend: Backend, order: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = op.in_features, op.out_features
         self.coder, self.change = input_coder(op), change(op)
@@ -51,26 +54,11 @@ class IntegerLinear(IntegerOp):
         self.biased = op.bias is not None
         self.gain = scale * self.coder.scale  # what one of the sums is worth, (out,)
         self.excess: Tensor | None = None
-        self.product: Product
-        if isinstance(self.coder, AdaLog):
-            self.path, self.product = 'AdaLog table values times integer weights, in float32', Tables(integers)
-        elif has_triton(integers.device):
-            from .gpu import GpuProduct
-            self.path, self.product = 'int8, by Triton', GpuProduct(integers, int(self.coder.zero), self.coder.most)
-        else:
-            parts = int8_parts(integers)
-            if len(parts) == 1 or self.out_features > self.in_features:
-                self.path, weight = int8_path(len(parts)), torch.cat(parts, 1)
-            else:
-                self.path = 'int8, weight and sums of the codes'
-                parts = [integers]
-                weight, above = with_sums(op, integers)
-                self.excess = self.gain * above
-                self.gain = with_more(self.gain, 1)
-                self.offset = None if self.offset is None else with_more(self.offset, 0)
-            onednn = has_onednn(weight.device)
-            self.path += '' if onednn else ', by _int_mm'
-            self.product = (OneDNN if onednn else IntMM)(weight, len(parts), int(self.coder.zero))
+        self.product, self.path, above = prepared(backend, op, integers, self.coder)
+        if above is not None:
+            self.excess = self.gain * above
+            self.gain = with_more(self.gain, 1)
+            self.offset = None if self.offset is None else with_more(self.offset, 0)
 
     @property
     def bias(self) -> Tensor | None:
@@ -159,3 +147,11 @@ class IntegerLinear(IntegerOp):
     def extra_repr(self) -> str:
         """Sizes and path."""
         return f'{self.in_features}, {self.out_features}, {self.path}'
+
+
+def prepared(backend: Backend, op: QuantLinear, integers: Tensor, coder: Uniform | AdaLog) -> PreparedProduct:
+    """What multiplies the inputs of a coder with a weight's integers (out, in)."""
+    if isinstance(coder, Uniform):
+        return backend.product(op, integers, coder)
+    path = 'AdaLog table values times integer weights, in float32'  # the same on every device
+    return PreparedProduct(Tables(integers), path)
