@@ -1,4 +1,5 @@
 """Linear layers as integer products."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -40,7 +41,9 @@ class IntegerLinear(IntegerOp):
     offset: Tensor | None
     weight: Tensor
 
-    def __init__(self, op: QuantLinear, backend: Backend, order: Tensor | None = None) -> None:
+    def __init__(
+        self, op: QuantLinear, backend: Backend, order: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = op.in_features, op.out_features
         self.coder, self.change = input_coder(op), change(op)
@@ -48,9 +51,15 @@ class IntegerLinear(IntegerOp):
         bias = op.corrected_bias(value)
         if order is not None:
             integers = integers[:, order]
-            self.change = None if self.change is None else Change(*(each.expand(len(order))[order] for each in self.change))
+            self.change = (
+                None
+                if self.change is None
+                else Change(*(each.expand(len(order))[order] for each in self.change))
+            )
         self.register_buffer('offset', None if bias is None else bias.detach().clone())
-        self.register_buffer('weight', integers.new_empty(0, self.in_features, dtype=torch.int8))
+        self.register_buffer(
+            'weight', integers.new_empty(0, self.in_features, dtype=torch.int8)
+        )
         self.biased = op.bias is not None
         self.gain = scale * self.coder.scale  # what one of the sums is worth, (out,)
         self.excess: Tensor | None = None
@@ -71,11 +80,17 @@ class IntegerLinear(IntegerOp):
 
     def encode_normalized(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
         """:meth:`encode` of a layer norm's output from its input (rows, in)."""
-        return encode_normalized(x, norm.weight, norm.bias, norm.eps, self.change, self.coder)  # type: ignore[no-any-return]
+        return encode_normalized(
+            x, norm.weight, norm.bias, norm.eps, self.change, self.coder
+        )  # type: ignore[no-any-return]
 
-    def encode_normalized_and_copy(self, norm: nn.LayerNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_normalized_and_copy(
+        self, norm: nn.LayerNorm, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """:meth:`encode_normalized`, and a copy of the input."""
-        return encode_normalized_and_copy(x, norm.weight, norm.bias, norm.eps, self.change, self.coder)  # type: ignore[no-any-return]
+        return encode_normalized_and_copy(
+            x, norm.weight, norm.bias, norm.eps, self.change, self.coder
+        )  # type: ignore[no-any-return]
 
     def multiply(self, codes: Tensor, gelu: bool = False) -> Tensor:
         """The output from codes (rows, in), float32, (rows, out); with ``gelu`` through GELU."""
@@ -84,7 +99,11 @@ class IntegerLinear(IntegerOp):
         at_once = gelu and self.at_once
         out = self.product(codes, self.gain, self.offset, gelu=at_once)
         if self.excess is not None:
-            out = torch.addcmul(out[:, :self.out_features], out[:, self.out_features, None], self.excess)
+            out = torch.addcmul(
+                out[:, : self.out_features],
+                out[:, self.out_features, None],
+                self.excess,
+            )
         return F.gelu(out) if gelu and not at_once else out
 
     def add_to(self, x: Tensor, codes: Tensor) -> None:
@@ -112,11 +131,27 @@ class IntegerLinear(IntegerOp):
             zero: Zero points, (out,).
         """
         if self.at_once:
-            offset = zero if self.offset is None else torch.addcmul(zero, self.offset, factor)
-            return partial(self.product, gain=self.gain * factor, offset=offset, steps=Steps(1.0, 0, 255))
-        return lambda codes: torch.addcmul(zero, self.multiply(codes), factor).round_().clamp_(0, 255).to(torch.uint8)
+            offset = (
+                zero
+                if self.offset is None
+                else torch.addcmul(zero, self.offset, factor)
+            )
+            return partial(
+                self.product,
+                gain=self.gain * factor,
+                offset=offset,
+                steps=Steps(1.0, 0, 255),
+            )
+        return lambda codes: (
+            torch.addcmul(zero, self.multiply(codes), factor)
+            .round_()
+            .clamp_(0, 255)
+            .to(torch.uint8)
+        )
 
-    def gelu_in_steps(self, coder: Uniform | AdaLog, change: Change | None) -> Callable[[Tensor], Tensor] | None:
+    def gelu_in_steps(
+        self, coder: Uniform | AdaLog, change: Change | None
+    ) -> Callable[[Tensor], Tensor] | None:
         """A function from codes (rows, in) to those of the output through GELU, uint8, (rows, out), made without floats between them.
 
         Args:
@@ -126,12 +161,20 @@ class IntegerLinear(IntegerOp):
         Returns:
             None if the product has no such function.
         """
-        if not self.at_once or not isinstance(coder, Uniform) or (change is not None and not self.product.takes_change):
+        if (
+            not self.at_once
+            or not isinstance(coder, Uniform)
+            or (change is not None and not self.product.takes_change)
+        ):
             return None
         if change is not None:
-            change = Change(*(each.expand(self.out_features).contiguous() for each in change))
+            change = Change(
+                *(each.expand(self.out_features).contiguous() for each in change)
+            )
         steps = Steps(float(coder.scale), int(coder.zero), coder.most, change)
-        return partial(self.product, gain=self.gain, offset=self.offset, steps=steps, gelu=True)
+        return partial(
+            self.product, gain=self.gain, offset=self.offset, steps=steps, gelu=True
+        )
 
     @property
     def at_once(self) -> bool:
@@ -140,7 +183,9 @@ class IntegerLinear(IntegerOp):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the dtype of the input."""
-        with torch._C.DisableTorchFunction():  # an attention's mode looks for layers and products of its own
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # an attention's mode looks for layers and products of its own
             out = self.multiply(self.encode(x.reshape(-1, self.in_features)))
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
@@ -149,7 +194,9 @@ class IntegerLinear(IntegerOp):
         return f'{self.in_features}, {self.out_features}, {self.path}'
 
 
-def prepared(backend: Backend, op: QuantLinear, integers: Tensor, coder: Uniform | AdaLog) -> PreparedProduct:
+def prepared(
+    backend: Backend, op: QuantLinear, integers: Tensor, coder: Uniform | AdaLog
+) -> PreparedProduct:
     """What multiplies the inputs of a coder with a weight's integers (out, in)."""
     if isinstance(coder, Uniform):
         return backend.product(op, integers, coder)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..layers import QuantConv2d, QuantOp
 from .backend import PreparedConvolution, PreparedProduct
-from .blocks import IntegerBlock
 from .coders import Uniform
+from .cpu.block import CpuBlock
 from .errors import NoIntegerForm
 from .int8 import int8_weight
 from .products import IntMM
@@ -21,7 +21,7 @@ class PortableBackend:
     """
 
     def __init__(self, fuses: bool) -> None:
-        self.block = IntegerBlock if fuses else None
+        self.block = CpuBlock if fuses else None
         self.fuses_maps = fuses
 
     def product(self, op: QuantOp, integers: Tensor, coder: Uniform) -> PreparedProduct:

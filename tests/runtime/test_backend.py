@@ -10,6 +10,7 @@ from mmptq.runtime import choice, convert, to_integer
 from mmptq.runtime.blocks import IntegerBlock
 from mmptq.runtime.choice import choose_backend
 from mmptq.runtime.cpu.backend import OneDnnBackend
+from mmptq.runtime.cpu.block import CpuBlock
 from mmptq.runtime.portable import PortableBackend
 
 from ..test_architecture import FILES, ROOT, imports
@@ -31,9 +32,8 @@ def test_a_cpu_has_onednn_where_that_is_exact(vnni, mkldnn, kind, monkeypatch):
     monkeypatch.setattr(torch.cpu, '_is_vnni_supported', lambda: vnni)
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: mkldnn)
     backend = choose_backend(CPU)
-    assert (
-        type(backend) is kind and backend.block is IntegerBlock and backend.fuses_maps
-    )
+    assert type(backend) is kind
+    assert backend.block is CpuBlock and backend.fuses_maps
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_gpu_with_triton_has_its_kernels(monkeypatch):
     monkeypatch.setattr(choice, 'has_triton', lambda device: device == GPU)
     backend = choose_backend(GPU)
     assert type(backend).__name__ == 'TritonBackend' and not backend.fuses_maps
-    assert backend.block is not IntegerBlock and issubclass(backend.block, IntegerBlock)
+    assert backend.block.__name__ == 'GpuBlock' and issubclass(backend.block, IntegerBlock)
 
 
 def test_it_is_chosen_once_for_a_model(monkeypatch, uncompiled):

@@ -17,10 +17,13 @@ pytest.importorskip('triton', reason='needs Triton (requirements/triton.txt)')
 
 from mmptq import QuantizationError
 from mmptq.layers import QuantConv2d
-from mmptq.runtime import convert, kernels, to_integer
+from mmptq.runtime import convert, to_integer
+from mmptq.runtime.attention import Attention
 from mmptq.runtime.coders import AdaLog, Change, DeMax, Uniform
 from mmptq.runtime.conv import IntegerConv2d
+from mmptq.runtime.cpu.attention import softmax, split_heads
 from mmptq.runtime.errors import NoIntegerForm
+from mmptq.runtime.kernels import integer_product, with_maxima
 from mmptq.runtime.products import Steps
 from mmptq.runtime.triton import attention as attention_file
 from mmptq.runtime.triton import product as product_file
@@ -153,7 +156,7 @@ def test_attention_is_that_of_the_cpu(kind, case):
     bias = None if window is None else rand(heads, 49, 49)
     keys = -2 if window is not None and kind.startswith('uniform') else -1
     layer_change = Change(rand(heads * channels, seed=5).abs() + 0.5, rand(heads * channels, seed=6) / 10)
-    attention = kernels.Attention(
+    attention = Attention(
         spans, (rand(heads, 1, 1, seed=1).abs() + 0.5) / 40000, None if bias is None else bias.transpose(keys, -1).contiguous(), keys,
         probabilities_of(kind), (rand(heads, 1, 1, seed=2).abs() + 0.5) / 5000, (258, 258), layer_change, uniform(1, 0, 8))
     steps = integer(0, 256, images * tokens + 1, 3 * heads * channels).to(torch.uint8)
@@ -184,13 +187,13 @@ def test_attention_is_that_of_the_cpu(kind, case):
 
 def reference(split, attention):
     """The attention's output before its codes, by the CPU's functions."""
-    queries, keys, values = kernels.split_heads(split, attention.spans)
+    queries, keys, values = split_heads(split, attention.spans)
     left, right = (queries, keys) if attention.keys == -1 else (keys, queries)
-    scores = kernels.integer_product(left, right.transpose(-1, -2), attention.held[0])
-    probabilities, side = kernels.softmax(scores, attention.scale, attention.bias, attention.probabilities, attention.keys)
-    product = kernels.integer_product(probabilities.transpose(attention.keys, -1), values, attention.held[1])
+    scores = integer_product(left, right.transpose(-1, -2), attention.held[0])
+    probabilities, side = softmax(scores, attention.scale, attention.bias, attention.probabilities, attention.keys)
+    product = integer_product(probabilities.transpose(attention.keys, -1), values, attention.held[1])
     if side is not None:
-        product = kernels.with_maxima(product, values, *side)
+        product = with_maxima(product, values, *side)
     out = (product * attention.gain).transpose(1, 2).flatten(2)
     return out * attention.change.factor - attention.change.shift
 
@@ -252,7 +255,7 @@ def test_inputs_of_another_width_are_refused():
 
 
 def test_two_maxima_and_wide_heads_have_no_kernel():
-    attention = kernels.Attention(((0, 0, 0),) * 3, torch.ones(1), None, -1, DeMax(15, 2, True), torch.ones(1), (1, 1), None,
+    attention = Attention(((0, 0, 0),) * 3, torch.ones(1), None, -1, DeMax(15, 2, True), torch.ones(1), (1, 1), None,
                                   uniform(1, 0, 8))
     with pytest.raises(NoIntegerForm, match='two or more maxima'):
         GpuAttention(attention, 1, 8, None)
@@ -308,11 +311,11 @@ def swin_launches():
     spans = ((torch.tensor(128.0), torch.tensor(-128.0), torch.tensor(127.0)),) * 3
     for kind, window, size in (('uniform', (7, 3), (8, 9)), ('demax, half', (7, 0), (7, 7)), ('adalog', None, (25, 41)),
                                ('uniform', None, (25, 41))):
-        attention = kernels.Attention(spans, torch.tensor(1e-4), None if window is None else torch.zeros(heads, 49, 49), -1,
+        attention = Attention(spans, torch.tensor(1e-4), None if window is None else torch.zeros(heads, 49, 49), -1,
                                       probabilities_of(kind), torch.tensor(1e-3), (258, 258), None, uniform(0.1, 3, 8))
         steps = torch.zeros(size[0] * size[1] + 1, 3 * channels, dtype=torch.uint8)
         GpuAttention(attention, heads, channels // heads, window)(steps, 1, size)
-    wide = kernels.Attention(spans, torch.tensor(1e-4), None, -1, probabilities_of('adalog'), torch.tensor(1e-3), (258, 258), None,
+    wide = Attention(spans, torch.tensor(1e-4), None, -1, probabilities_of('adalog'), torch.tensor(1e-3), (258, 258), None,
                              uniform(0.1, 3, 8))
     GpuAttention(wide, 2, 160, None)(torch.zeros(1026, 960, dtype=torch.uint8), 1, (25, 41))
     rows, out = torch.zeros(64, channels), torch.zeros(65, channels, dtype=torch.uint8)

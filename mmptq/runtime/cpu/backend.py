@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ...layers import QuantConv2d, QuantOp
 from ..backend import PreparedConvolution, PreparedProduct
-from ..blocks import IntegerBlock
 from ..coders import Uniform
 from ..errors import NoIntegerForm
 from ..int8 import WITH_SUMS, int8_parts, int8_path, int8_weight, with_sums
+from .block import CpuBlock
 from .convolution import OneDnnConvolution
 from .product import OneDnnProduct
 
@@ -17,7 +17,7 @@ from .product import OneDnnProduct
 class OneDnnBackend:
     """oneDNN's products and convolutions of uint8 and int8."""
 
-    block = IntegerBlock
+    block = CpuBlock
     fuses_maps = True
 
     def product(self, op: QuantOp, integers: Tensor, coder: Uniform) -> PreparedProduct:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..attention import Attention
 from ..coders import AdaLog, DeMax, Uniform
 from ..errors import NoIntegerForm, required
-from ..kernels import Attention
 from ..matmul import EXACT
 from ..windows import places
 from .kernels import ADALOG, DEMAX, KEYS, UNIFORM, attend_kernel

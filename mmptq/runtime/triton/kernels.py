@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..kernels import FARTHEST
+from ..attention import FARTHEST
 from ..windows import APART
 
 UNIFORM, ADALOG, DEMAX = range(3)
