@@ -16,3 +16,15 @@ def entry_for(table: Mapping[type, Entry], item: object) -> Entry | None:
     """The entry of an object's class, or of the nearest class that it inherits from; None without one."""
     entries = (table[kind] for kind in type(item).__mro__ if kind in table)
     return next(entries, None)
+
+
+def entry_for_pair(
+    table: Mapping[tuple[type, type], Entry], left: object, right: object
+) -> Entry | None:
+    """The entry of two objects' classes, or of those nearest that they inherit from.
+
+    The left class counts first. None without one.
+    """
+    kinds = ((first, second) for first in type(left).__mro__ for second in type(right).__mro__)
+    entries = (table[pair] for pair in kinds if pair in table)
+    return next(entries, None)

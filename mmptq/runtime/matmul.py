@@ -11,6 +11,7 @@ from torch import Tensor
 from ..layers import QuantMatMul
 from ..quantizers import AdaLogQuantizer, DeMaxQuantizer, Quantizer, UniformQuantizer
 from ..quantizers.base import in_chunks
+from ..quantizers.dispatch import entry_for_pair
 from .base import IntegerOp
 from .coders import AdaLog, Coder, DeMax, Uniform, coder
 from .errors import NoIntegerForm
@@ -75,12 +76,11 @@ def pair_for(left: Quantizer, right: Quantizer) -> Pair:
     Raises:
         NoIntegerForm: If :data:`PAIRS` has no entry for them.
     """
-    for first in type(left).__mro__:
-        for second in type(right).__mro__:
-            if (first, second) in PAIRS:
-                return PAIRS[first, second]
-    operands = f'a product of {type(left).__name__} and {type(right).__name__} operands'
-    raise NoIntegerForm(f'{operands} has no entry in mmptq.runtime.matmul.PAIRS')
+    pair = entry_for_pair(PAIRS, left, right)
+    if pair is None:
+        operands = f'a product of {type(left).__name__} and {type(right).__name__} operands'
+        raise NoIntegerForm(f'{operands} has no entry in mmptq.runtime.matmul.PAIRS')
+    return pair
 
 
 def columns_held(left: float, right: Uniform) -> int:

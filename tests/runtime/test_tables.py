@@ -6,7 +6,7 @@ from torch import nn
 
 from mmptq.layers import QuantConv2d, QuantLinear, QuantMatMul
 from mmptq.quantizers import DeMaxQuantizer, Float, Quantizer, UniformQuantizer
-from mmptq.quantizers.dispatch import entry_for
+from mmptq.quantizers.dispatch import entry_for, entry_for_pair
 from mmptq.runtime import coders, matmul, to_integer
 from mmptq.runtime.base import input_coder, integer_weight
 from mmptq.runtime.coders import CODERS, Uniform, coder
@@ -45,6 +45,18 @@ def test_an_entry_is_that_of_the_nearest_class():
     assert entry_for({NearlyUniform: 1}, UniformQuantizer(4)) is None
     with pytest.raises(NoIntegerForm, match=r'^Float has no entry in here\.TABLE$'):
         required({UniformQuantizer: 1}, Float(4), 'here.TABLE')
+
+
+def test_an_entry_of_a_pair_is_that_of_the_nearest_classes_the_left_one_first():
+    table = {
+        (UniformQuantizer, Quantizer): 'left',
+        (Quantizer, UniformQuantizer): 'right',
+    }
+    uniform, subclass, other = UniformQuantizer(4), NearlyUniform(4), Float(4)
+    assert entry_for_pair(table, uniform, uniform) == 'left'
+    assert entry_for_pair(table, subclass, other) == 'left'
+    assert entry_for_pair(table, other, subclass) == 'right'
+    assert entry_for_pair(table, other, other) is None
 
 
 def test_a_subclass_has_the_coder_of_its_base():
