@@ -34,7 +34,8 @@ def input_coder(op: QuantOp) -> Uniform | AdaLog:
     """The coder of a layer's input.
 
     Raises:
-        NoIntegerForm: If it is float, has a step of its own in each row, or a scale for each channel.
+        NoIntegerForm: If it is float, has a step of its own in each row, or a scale for each
+            channel.
     """
     found = coder(op.quantizer('input'))
     if isinstance(found, Whole):
@@ -47,7 +48,8 @@ def input_coder(op: QuantOp) -> Uniform | AdaLog:
 
 
 def integer_weight(op: QuantOp) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight's integers ``code - z``, int16, the scale of each output, (out,), and the weight that they stand for.
+    """A weight's integers ``code - z``, int16, the scale of each output, (out,), and the weight
+    that they stand for.
 
     Raises:
         NoIntegerForm: If the weight is float, or its quantizer has no entry in :data:`WEIGHTS`.

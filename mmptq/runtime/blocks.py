@@ -1,4 +1,4 @@
-"""Transformer blocks in integers: what all backends share, the parts, the numbers and what is refused."""
+"""Transformer blocks in integers: parts and numbers, which all backends share."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class IntegerBlock(nn.Module):
         self.norm2, self.fc1, self.act, self.fc2 = norm2, fc1, act, fc2
         self.heads, self.window = heads, window
         coders: Any = (qk.left, qk.right, pv.right)
-        # About an even number halves round as about zero; codes of 8 bits have no room for one more.
+        # About an even number halves round as about zero; codes of 8 bits have no room for more.
         zeros = [
             coder.zero if coder.most == 255 else coder.zero + coder.zero % 2
             for coder in coders
@@ -109,7 +109,9 @@ class IntegerBlock(nn.Module):
         )
 
     def _each_output(self, values: Sequence[Tensor]) -> Tensor:
-        """Values of queries, keys and values, () or (heads, 1, 1), for each output of their layer."""
+        """Values of queries, keys and values, () or (heads, 1, 1), for each output of their
+        layer.
+        """
         channels = self.qkv.out_features // (3 * self.heads)
         return torch.stack(
             [value.reshape(-1, 1).expand(self.heads, channels) for value in values]
@@ -150,7 +152,8 @@ class IntegerBlock(nn.Module):
 
 
 def at_once_or(held: int, length: int | None) -> int:
-    """Columns whose sums float32 holds, the same for as many blocks as can be: each number is compiled for.
+    """Columns whose sums float32 holds, the same for as many blocks as can be: each number is
+    compiled for.
 
     Args:
         held: How many it holds.

@@ -17,7 +17,9 @@ from .kernels import encode
 
 
 class IntegerConv2d(IntegerOp):
-    """A convolution: uint8 codes times int8 weights, int32 sums; weights as in :class:`IntegerLinear`.
+    """A convolution: uint8 codes times int8 weights, int32 sums.
+
+    Its weight is held as that of :class:`mmptq.runtime.linear.IntegerLinear`.
 
     Args:
         op: A calibrated convolution.
@@ -69,7 +71,8 @@ class IntegerConv2d(IntegerOp):
             or x.shape[3] + left + right < width
         ):
             raise QuantizationError(
-                f'a convolution of {self.in_channels} channels, whose outputs see {height} x {width} inputs, '
+                f'a convolution of {self.in_channels} channels, whose outputs see '
+                f'{height} x {width} inputs, '
                 f'got a tensor of shape {tuple(x.shape)}; it takes (batch, channels, height, width)'
             )
         codes = self._padded(self.encode(x.float()))

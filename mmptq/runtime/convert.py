@@ -36,18 +36,21 @@ INTEGER: dict[type[QuantOp], Callable[[Any, Backend], IntegerOp]] = {
 
 
 def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
-    """Replaces the quantized operations of a calibrated model, in place, by integer ones; for inference only.
+    """Replaces the quantized operations of a calibrated model, in place, by integer ones.
+
+    The model is for inference only afterwards.
 
     Args:
         model: The model, in evaluation mode.
-        fuse: Whether whole blocks are replaced where a fused form is known (on a CPU, or a GPU with Triton).
+        fuse: Whether whole blocks are replaced where a fused form is known (on a CPU, or a GPU
+            with Triton).
 
     Returns:
         How each operation runs, by name; ``simulated: REASON`` where it stays as it was.
 
     Raises:
-        QuantizationError: If the model has no quantized operations, is not calibrated, in training mode, not in float32, or on several
-            devices.
+        QuantizationError: If the model has no quantized operations, is not calibrated, in
+            training mode, not in float32, or on several devices.
     """
     ops = {name: op for name, op in model.named_modules() if isinstance(op, QuantOp)}
     check_ready(model, ops)
@@ -107,7 +110,8 @@ def check_ready(model: nn.Module, ops: dict[str, QuantOp]) -> None:
         raise QuantizationError(f'{type(model).__name__} runs in integers already')
     if not ops:
         raise QuantizationError(
-            f'{type(model).__name__} has no quantized operations; quantize it first (mmptq quantize)'
+            f'{type(model).__name__} has no quantized operations; '
+            'quantize it first (mmptq quantize)'
         )
     missing = [
         f'{name}.{child}'
@@ -117,7 +121,8 @@ def check_ready(model: nn.Module, ops: dict[str, QuantOp]) -> None:
     ]
     if missing:
         raise QuantizationError(
-            f'{len(missing)} quantizers are not calibrated, the first is {missing[0]}; calibrate the model first '
+            f'{len(missing)} quantizers are not calibrated, the first is {missing[0]}; '
+            'calibrate the model first '
             '(mmptq quantize)'
         )
     if model.training:
@@ -127,7 +132,8 @@ def check_ready(model: nn.Module, ops: dict[str, QuantOp]) -> None:
     } - {'torch.float32'}
     if others:
         raise QuantizationError(
-            f'the model has parameters of {", ".join(sorted(others))}; integers need float32: call its float() first'
+            f'the model has parameters of {", ".join(sorted(others))}; '
+            'integers need float32: call its float() first'
         )
     devices = {
         str(value.device)

@@ -1,4 +1,6 @@
-"""Which modules of a model have a fused form, and this (:mod:`mmptq.backbones.fused` says where their parts are)."""
+"""Which modules of a model have a fused form, and this (:mod:`mmptq.backbones.fused` says where
+their parts are).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from .merging import MapNorm
 
 
 def fused_forms(model: nn.Module, backend: Backend) -> dict[nn.Module, nn.Module]:
-    """What a backend has for the blocks and layer norms of a model whose operations are converted."""
+    """What a backend has for the blocks and layer norms of a model whose operations are
+    converted.
+    """
     forms: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
         name = full_name(type(module))

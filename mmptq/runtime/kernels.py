@@ -1,4 +1,5 @@
-"""What is computed between integer products in torch, on any device: codes, sums of floats, DeMax's side data.
+"""What is computed between integer products in torch, on any device: codes, sums of floats,
+DeMax's side data.
 
 Each is one pass over memory where ``torch.compile`` has a compiler.
 """
@@ -34,14 +35,16 @@ def has_compiler() -> bool:
     )
     if not found:
         logging.getLogger('mmengine').warning(
-            'no C++ compiler (g++, clang++ or $CXX): what is between integer products runs unfused, '
+            'no C++ compiler (g++, clang++ or $CXX): '
+            'what is between integer products runs unfused, '
             'which takes about twice as long'
         )
     return found
 
 
 def fused(rows: int = 1) -> Callable[[Function], Function]:
-    """A function of tensors, compiled when it is first called: once for each width, for any number of rows.
+    """A function of tensors, compiled when it is first called: once for each width, for any
+    number of rows.
 
     Args:
         rows: How many of the arguments, the first ones, have rows; they are the first dimension.
@@ -52,13 +55,15 @@ def fused(rows: int = 1) -> Callable[[Function], Function]:
         def compiled() -> Any:
             # Without precise casts, a rounding to float16 is optimized away.
             options = {'emulate_precision_casts': True}
-            # Before torch 2.13 there is no limit to set but that of the whole process, and what is beyond it runs uncompiled.
+            # Before torch 2.13 there is no limit to set but that of the whole process, and what
+            # is beyond it runs uncompiled.
             limit = (
                 {'recompile_limit': 256}
                 if 'recompile_limit' in inspect.signature(torch.compile).parameters
                 else {}
             )
-            return torch.compile(function, dynamic=False, options=options, **limit)  # type: ignore[call-overload]
+            settings: dict[str, Any] = {'dynamic': False, 'options': options, **limit}
+            return torch.compile(function, **settings)
 
         @functools.wraps(function)
         def call(x: Tensor, *args: Any) -> Any:
@@ -153,7 +158,9 @@ def coded(x: Tensor, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
 
 
 def integer_product(left: Tensor, right: Tensor, held: int) -> Tensor:
-    """The product of integers (..., rows, inner) and (..., inner, columns), in float32, of which it holds sums of so many columns."""
+    """The product of integers (..., rows, inner) and (..., inner, columns), in float32, of which
+    it holds sums of so many columns.
+    """
     if left.shape[-1] <= held:
         return left @ right
     pairs = zip(left.split(held, -1), right.split(held, -2), strict=True)
@@ -195,7 +202,9 @@ def softmax_side(x: Tensor, coder: DeMax) -> tuple[Tensor, Side]:
 def with_maxima(
     product: Tensor, values: Tensor, step: Tensor, maxima: Tensor, positions: Tensor
 ) -> Tensor:
-    """DeMax's product: codes times values, by the step of the row, and for each maximum the row of values that it gathers."""
+    """DeMax's product: codes times values, by the step of the row, and for each maximum the row
+    of values that it gathers.
+    """
     product = product * step
     for number in range(positions.shape[-1]):
         index = positions[..., number, None].expand(product.shape)

@@ -22,11 +22,12 @@ from .products import Steps, Tables
 class IntegerLinear(IntegerOp):
     """A linear layer: uint8 codes times int8 weights, int32 sums, one float scale for each output.
 
-    A weight is kept as ``code - zero_point``. int8 does not hold all of these where an 8-bit weight's zero point is not in the middle.
-    Then the weight is the sum of two (with 255, three) int8 matrices that read the input as often, or, in a layer with no more outputs
-    than inputs, ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's inputs are table values,
-    integers below 2^(b + 1) times powers of two; torch has no such product of integers, and they are multiplied in float32, where each
-    product of two is exact.
+    A weight is kept as ``code - zero_point``. int8 does not hold all of these where an 8-bit
+    weight's zero point is not in the middle. Then the weight is the sum of two (with 255, three)
+    int8 matrices that read the input as often, or, in a layer with no more outputs than inputs,
+    ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's
+    inputs are table values, integers below 2^(b + 1) times powers of two; torch has no such
+    product of integers, and they are multiplied in float32, where each product of two is exact.
 
     Args:
         op: A calibrated layer.
@@ -71,7 +72,10 @@ class IntegerLinear(IntegerOp):
 
     @property
     def bias(self) -> Tensor | None:
-        """What a reader of the layer's bias finds; ``offset`` has also what the rescale adds, with or without a bias."""
+        """What a reader of the layer's bias finds.
+
+        ``offset`` has also what the rescale adds, with or without a bias.
+        """
         return self.offset if self.biased else None
 
     def encode(self, x: Tensor) -> Tensor:
@@ -114,7 +118,10 @@ class IntegerLinear(IntegerOp):
             x.add_(self.multiply(codes))
 
     def scaled(self, factor: Tensor) -> IntegerLinear:
-        """The layer with what it computes multiplied by a factor for each output, (out,); it shares the weight."""
+        """The layer with what it computes multiplied by a factor for each output, (out,).
+
+        It shares the weight.
+        """
         layer = copy(self)
         layer._buffers = dict(self._buffers)
         more = factor if self.excess is None else with_more(factor, 1)
@@ -124,7 +131,8 @@ class IntegerLinear(IntegerOp):
         return layer
 
     def in_steps(self, factor: Tensor, zero: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function from codes (rows, in) to ``clip(round(factor output + zero), 0, 255)``, uint8, (rows, out).
+        """A function from codes (rows, in) to ``clip(round(factor output + zero), 0, 255)``,
+        uint8, (rows, out).
 
         Args:
             factor: Steps that one is worth, (out,).
@@ -152,7 +160,8 @@ class IntegerLinear(IntegerOp):
     def gelu_in_steps(
         self, coder: Uniform | AdaLog, change: Change | None
     ) -> Callable[[Tensor], Tensor] | None:
-        """A function from codes (rows, in) to those of the output through GELU, uint8, (rows, out), made without floats between them.
+        """A function from codes (rows, in) to those of the output through GELU, uint8, (rows,
+        out), made without floats between them.
 
         Args:
             coder: Of the layer that reads it, with one scale.

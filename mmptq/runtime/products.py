@@ -16,7 +16,9 @@ FEWEST = 32
 
 
 class Steps(NamedTuple):
-    """What a product is to give in place of floats: ``clip(round(output / scale) + zero, 0, most)``, uint8, of the changed output."""
+    """What a product is to give in place of floats, uint8, of the changed output:
+    ``clip(round(output / scale) + zero, 0, most)``.
+    """
 
     scale: float
     zero: int
@@ -43,7 +45,10 @@ class Product(Protocol):
         steps: Steps | None = None,
         gelu: bool = False,
     ) -> Tensor:
-        """From codes (rows, in): float32, (rows, out), through GELU if asked for; or their steps."""
+        """From codes (rows, in) floats, float32, or their steps, uint8, (rows, out).
+
+        With ``gelu`` what it gives has gone through GELU.
+        """
 
     def add_to(
         self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None

@@ -35,7 +35,10 @@ def attend(x: Tensor, attention: Attention) -> Tensor:
 
 
 attend_at_once = fused()(attend)
-""":func:`attend` compiled as one; then the rows of DeMax's windows would be read from memory again and again."""
+""":func:`attend` compiled as one.
+
+Then the rows of DeMax's windows would be read from memory again and again.
+"""
 
 
 @fused()
@@ -94,6 +97,8 @@ def softmax(
 def merge_heads(
     x: Tensor, gain: Tensor, change: Change | None, coder: Uniform | AdaLog
 ) -> Tensor:
-    """Codes of an attention's output, (windows, length, heads * channels), from integer sums (windows, heads, length, channels)."""
+    """Codes of an attention's output, (windows, length, heads * channels), from integer sums
+    (windows, heads, length, channels).
+    """
     x = (x * gain).transpose(1, 2)
     return coded(x.reshape(x.shape[0], x.shape[1], -1), change, coder)

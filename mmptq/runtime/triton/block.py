@@ -15,6 +15,7 @@ from .attention import GpuAttention
 from .kernels import KEYS
 from .launch import tried
 from .norm import GpuNorm
+from .product import GpuProduct
 
 
 class GpuBlock(IntegerBlock):
@@ -57,7 +58,9 @@ class GpuBlock(IntegerBlock):
         codes[-1:] = self.padding
         self.first(rows, codes)
         attended = self.between(self.heads_steps(codes), len(x), hw_shape)
-        rows = self.proj.product.added(rows, attended, self.proj.gain, self.proj.offset)  # type: ignore[attr-defined]
+        product = self.proj.product
+        assert isinstance(product, GpuProduct)
+        rows = product.added(rows, attended, self.proj.gain, self.proj.offset)
         self._feed_forward(rows)
         return rows.view(x.shape).to(x.dtype)
 

@@ -16,7 +16,10 @@ Result = TypeVar('Result')
 
 
 def launch(kernel: Any, programs: tuple[int, ...], *args: Any, **options: int) -> None:
-    """Runs a kernel on the GPU of its first argument; multiplications and additions round one after the other, as in the simulation."""
+    """Runs a kernel on the GPU of its first argument.
+
+    Multiplications and additions round one after the other, as in the simulation.
+    """
     with torch.cuda.device_of(args[0]):
         kernel[programs](*args, enable_fp_fusion=False, **options)
 
@@ -25,7 +28,8 @@ def tried(run: Callable[[], Result]) -> Result:
     """What a first launch gives.
 
     Raises:
-        NoIntegerForm: If it fails: Triton's compiler raises errors of several kinds, and what a GPU lacks is known only then.
+        NoIntegerForm: If it fails: Triton's compiler raises errors of several kinds, and what a
+            GPU lacks is known only then.
     """
     try:
         return run()
