@@ -18,10 +18,8 @@ from mmptq.backbones import find_spec
 from mmptq.calibration import Call, calibrate
 from mmptq.checkpoints.packed import write_packed
 from mmptq.cli import main
-from mmptq.export.graph import Call as GraphCall
-from mmptq.export.graph import Operation
 from mmptq.export.onnx import build_graph, compare, export_onnx
-from mmptq.quantizers import Float, Quantizer, UniformQuantizer, calibrated_parts
+from mmptq.quantizers import calibrated_parts
 
 from ..conftest import FAST, SWIN, VIT, build_in, image, randomized
 
@@ -203,22 +201,3 @@ def test_without_onnx_the_command_says_how_to_install_it(files, tmp_path, monkey
     monkeypatch.setattr(builtins, '__import__', missing)
     with pytest.raises(QuantizationError, match=r'onnx is not installed.*pip install mmptq\[onnx\]'):
         export(str(files / 'config.py'), str(files / 'quantized.pth'), str(tmp_path / 'a.onnx'), (48, 32))
-
-
-def test_a_quantizer_that_has_no_form_is_named_and_a_subclass_has_that_of_its_base():
-    class Unknown(Quantizer):
-        """A user's quantizer."""
-
-        param_names = ('scale',)
-
-    class OwnUniform(UniformQuantizer):
-        """Another one, which changes nothing."""
-
-    operation = Operation(GraphCall('stages.0.fc', ('x',), 'y'))
-    with pytest.raises(QuantizationError, match=r'stages\.0\.fc: Unknown has no entry in mmptq\.export\.graph\.ACTIVATIONS'):
-        operation.quantized('x', Unknown(4))
-    quantizer = OwnUniform(4)
-    quantizer.set(scale=torch.tensor(0.5), zero_point=torch.tensor(3, dtype=torch.int32))
-    operation.quantized('x', quantizer)
-    assert [node.op_type for node in operation.nodes] == ['QuantizeLinear', 'Clip', 'DequantizeLinear']
-    assert operation.quantized('x', Float(4)) == 'x'
