@@ -2,6 +2,7 @@
 
 Each coder is a tuple of tensors and plain numbers, so that ``torch.compile`` sees through it.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from ..layers import GeluShift, QuantOp, Rescale
-from ..quantizers import AdaLogQuantizer, DeMaxQuantizer, Float, Quantizer, UniformQuantizer
+from ..quantizers import (
+    AdaLogQuantizer,
+    DeMaxQuantizer,
+    Float,
+    Quantizer,
+    UniformQuantizer,
+)
 from ..quantizers.adalog import R, decode_table
 from .errors import required
 
@@ -46,7 +53,9 @@ class Uniform(NamedTuple):
 
 
 class AdaLog(NamedTuple):
-    """Codes ``round(-log2(clip(x / s, 0, 1)) r / q)``; a code stands for an integer below 2^(b + 1) times a power of two, worth ``scale``.
+    """Codes ``round(-log2(clip(x / s, 0, 1)) r / q)``.
+
+    A code stands for an integer below 2^(b + 1) times a power of two, worth ``scale``.
 
     Attributes:
         full: s, at which the logarithm is zero.
@@ -64,12 +73,14 @@ class AdaLog(NamedTuple):
 
     def integers(self, x: Tensor) -> Tensor:
         """What is multiplied: table values, float."""
-        codes = ((x / self.full).clamp(0, 1).log2() * self.rate).round().clamp(max=self.last)
+        steps = (x / self.full).clamp(0, 1).log2() * self.rate
+        codes = steps.round().clamp(max=self.last)
         return self.table[codes.nan_to_num(nan=self.last + 1).to(torch.int32)]
 
 
 class DeMax(NamedTuple):
-    """Codes of each row without its largest entries, and these apart (:class:`mmptq.quantizers.DeMaxQuantizer`).
+    """Codes of each row without its largest entries, and these apart
+    (:class:`mmptq.quantizers.DeMaxQuantizer`).
 
     Attributes:
         most: N - 1.
@@ -96,7 +107,9 @@ Coder = Uniform | AdaLog | DeMax | Whole
 
 
 class Change(NamedTuple):
-    """``x factor - shift``, what stands between an activation and its coder (:mod:`mmptq.layers.rescale`)."""
+    """``x factor - shift``, what stands between an activation and its coder
+    (:mod:`mmptq.layers.rescale`).
+    """
 
     factor: Tensor
     shift: Tensor
@@ -116,7 +129,9 @@ def uniform_coder(quantizer: UniformQuantizer) -> Uniform:
     """That of a uniform quantizer."""
     scale, zero_point = quantizer.scale, quantizer.zero_point
     assert scale is not None and zero_point is not None
-    return Uniform(scale.reciprocal(), zero_point.to(scale.dtype), quantizer.levels - 1, scale)
+    return Uniform(
+        scale.reciprocal(), zero_point.to(scale.dtype), quantizer.levels - 1, scale
+    )
 
 
 def adalog_coder(quantizer: AdaLogQuantizer) -> AdaLog:
