@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mmptq.layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp
 from mmptq.quantizers import Quantizer, UniformQuantizer
-from mmptq.runtime.convert import INTEGER
+from mmptq.runtime.choice import choose_backend
+from mmptq.runtime.convert import integer_form
 
 LINEAR = {'qkv, stage 1': (60800, 96, 288), 'fc1, stage 1': (60800, 96, 384), 'fc2, stage 1': (60800, 384, 96),
           'fc1, stage 3': (3800, 384, 1536), 'fc2, stage 3': (3800, 1536, 384), 'fc2, stage 4': (950, 3072, 768),
@@ -66,7 +67,7 @@ def sides(bits: int) -> dict[tuple[str, str], tuple[Callable[[], Any], Callable[
         found['product', f'{name}: {windows} x {heads} x ({rows} x {inner} x {columns})'] = (op, (left, right), torch.matmul)
     result: dict[tuple[str, str], tuple[Callable[[], Any], Callable[[], Any], str]] = {}
     for key, (op, inputs, plain) in found.items():
-        integer = INTEGER[type(op)](op)
+        integer = integer_form(op, choose_backend(torch.device('cpu')))
         result[key] = (partial(plain, *inputs), partial(integer, *inputs), integer.path)
     return result
 

@@ -6,7 +6,7 @@ A packed weight is a stream of bits: code i takes bits ``i b`` to ``(i + 1) b - 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..errors import QuantizationError
 from ..layers import QuantOp, Rescale
 from ..quantizers import AdaLogQuantizer, Calibrated, Quantizer, UniformQuantizer
 from ..quantizers.adalog import decode_table
+from ..quantizers.dispatch import entry_for
 from ..quantizers.uniform import decode_uniform
 
 
@@ -58,9 +59,10 @@ def pack_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not isinstance(op, QuantOp):
             continue
         for role, quantizer in op.quantizers().items():
-            if isinstance(quantizer, AdaLogQuantizer) and quantizer.q is not None:
+            make = entry_for(TABLES, quantizer)
+            if make is not None and quantizer.params is not None:
                 adalog.append(f'{name}.{role}_quantizer')
-                tensors[f'{adalog[-1]}.shift'], tensors[f'{adalog[-1]}.mantissa'] = tables(quantizer.q, quantizer.levels)
+                tensors[f'{adalog[-1]}.shift'], tensors[f'{adalog[-1]}.mantissa'] = make(quantizer)
         if 'weight' in op.roles and op.quantizer('weight').param_names:
             weight = op.get_parameter('weight').detach()
             codes = weight_codes(op, weight, name)
@@ -83,12 +85,14 @@ def weight_codes(op: QuantOp, weight: Tensor, name: str) -> Tensor:
     """
     quantizer: Quantizer = op.quantizer('weight')
     params, rescale = quantizer.params, getattr(op, 'rescale', None)
-    if not isinstance(quantizer, UniformQuantizer) or params is None:
-        raise QuantizationError(f'the weight of {name} cannot be packed: its quantizer is to be a calibrated UniformQuantizer, not '
-                                f'{quantizer}')
+    decode = entry_for(WEIGHTS, quantizer)
+    if decode is None or params is None:
+        kinds = ' or '.join(kind.__name__ for kind in WEIGHTS)
+        raise QuantizationError(f'the weight of {name} cannot be packed: its quantizer is to be a calibrated {kinds} (those that '
+                                f'mmptq.checkpoints.packing.WEIGHTS has), not {quantizer}')
     read = weight if rescale is None else rescale.weight(weight)
     codes = quantizer.encode(read, **params)
-    values = decode_uniform(codes, **params)
+    values = decode(codes, **params)
     kept = as_kept(values, rescale.scale if isinstance(rescale, Rescale) else None)
     again = kept if rescale is None else rescale.weight(kept)
     if not (torch.equal(values, quantizer(read)) and torch.equal(values, quantizer(again))):
@@ -106,6 +110,19 @@ def tables(q: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """AdaLog's two tables of integer inference (:func:`mmptq.quantizers.adalog.decode_table`), int16, (levels,) each."""
     shift, mantissa, _ = decode_table(q, levels)
     return shift.to(torch.int16), mantissa.to(torch.int16)
+
+
+def adalog_tables(quantizer: AdaLogQuantizer) -> tuple[Tensor, Tensor]:
+    """Those of a calibrated quantizer."""
+    assert quantizer.q is not None
+    return tables(quantizer.q, quantizer.levels)
+
+
+WEIGHTS: dict[type[Quantizer], Callable[..., Tensor]] = {UniformQuantizer: decode_uniform}
+"""What the codes of a packed weight are worth, from codes and parameters, by the class of its quantizer."""
+
+TABLES: dict[type[Quantizer], Callable[[Any], tuple[Tensor, Tensor]]] = {AdaLogQuantizer: adalog_tables}
+"""The tables of integer inference that are stored beside the parameters of a quantizer, by its class."""
 
 
 def unpack_state(tensors: Mapping[str, Tensor], weights: Mapping[str, Mapping[str, Any]], adalog: list[str]) -> dict[str, Tensor]:

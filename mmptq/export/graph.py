@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from ..checkpoints.packing import weight_codes
 from ..errors import QuantizationError
 from ..layers import GeluShift, QuantConv2d, QuantLinear, QuantOp, Rescale
-from ..quantizers import AdaLogQuantizer, DeMaxQuantizer, Quantizer, UniformQuantizer
+from ..quantizers import AdaLogQuantizer, DeMaxQuantizer, Float, Quantizer, UniformQuantizer
 from ..quantizers.adalog import R, decode_values
+from ..quantizers.dispatch import entry_for, entry_for_pair
 from .trace import DOMAIN, OPSET
 
 NARROW = 4
@@ -101,14 +103,19 @@ class Operation:
     def product(self, op: QuantOp, left: str, right: str) -> None:
         """The product of two activations: of integers if both are uniform, of dequantized values if not."""
         first, second = op.quantizer('left'), op.quantizer('right')
-        if isinstance(first, DeMaxQuantizer):
-            self.without_maxima(left, first, right, second)
-        elif isinstance(first, UniformQuantizer) and isinstance(second, UniformQuantizer):
-            integers = self.integers(self.codes(left, first)[0], self.codes(right, second)[0], second, first)
-            assert first.scale is not None and second.scale is not None
-            self.node('Mul', self.node('Cast', integers, to=TensorProto.FLOAT), self.constant('unit', first.scale * second.scale))
-        else:
-            self.node('MatMul', self.quantized(left, first), self.quantized(right, second))
+        write = entry_for_pair(PRODUCTS, first, second) or Operation.of_values
+        write(self, left, first, right, second)
+
+    def of_values(self, left: str, first: Quantizer, right: str, second: Quantizer) -> None:
+        """The product of dequantized values."""
+        self.node('MatMul', self.quantized(left, first), self.quantized(right, second))
+
+    def of_integers(self, left: str, first: UniformQuantizer, right: str, second: UniformQuantizer) -> None:
+        """The product of integers, times what one of them is worth."""
+        integers = self.integers(self.codes(left, first)[0], self.codes(right, second)[0], second, first)
+        assert first.scale is not None and second.scale is not None
+        unit = self.constant('unit', first.scale * second.scale)
+        self.node('Mul', self.node('Cast', integers, to=TensorProto.FLOAT), unit)
 
     def integers(self, left: str, right: str, second: UniformQuantizer, first: UniformQuantizer | None = None) -> str:
         """``(A - a)(B - b) = A B - b (A 1) - a (1 (B - b))``, INT32; zero points a (0 without a quantizer) and b may differ by head.
@@ -132,13 +139,19 @@ class Operation:
 
     def quantized(self, x: str, quantizer: Quantizer) -> str:
         """What a quantizer makes of an activation."""
-        if isinstance(quantizer, UniformQuantizer):
-            codes, scale, zero_point = self.codes(x, quantizer)
-            return self.node('DequantizeLinear', codes, scale, zero_point, **_axis(quantizer))
-        if isinstance(quantizer, AdaLogQuantizer):
-            return self.logarithmic(x, quantizer)
-        if quantizer.param_names:
-            raise QuantizationError(f'{self.name}: {type(quantizer).__name__} has no form in ONNX here')
+        write = entry_for(ACTIVATIONS, quantizer)
+        if write is None:
+            raise QuantizationError(f'{self.name}: {type(quantizer).__name__} has no entry in mmptq.export.graph.ACTIVATIONS, so that it '
+                                    'has no form in ONNX')
+        return write(self, x, quantizer)
+
+    def dequantized(self, x: str, quantizer: UniformQuantizer) -> str:
+        """The codes of an activation, dequantized."""
+        codes, scale, zero_point = self.codes(x, quantizer)
+        return self.node('DequantizeLinear', codes, scale, zero_point, **_axis(quantizer))
+
+    def unchanged(self, x: str, quantizer: Float) -> str:
+        """An activation that a recipe leaves in float."""
         return x
 
     def codes(self, x: str, quantizer: UniformQuantizer) -> tuple[str, str, str]:
@@ -249,3 +262,17 @@ class Operation:
 
 def _axis(quantizer: Quantizer) -> dict[str, int]:
     return {} if quantizer.axis is None else {'axis': quantizer.axis}
+
+
+ACTIVATIONS: dict[type[Quantizer], Callable[[Operation, str, Any], str]] = {
+    UniformQuantizer: Operation.dequantized,
+    AdaLogQuantizer: Operation.logarithmic,
+    Float: Operation.unchanged,
+}
+"""What a quantizer makes of an activation, by its class."""
+
+PRODUCTS: dict[tuple[type, type], Callable[[Operation, str, Any, str, Any], None]] = {
+    (UniformQuantizer, UniformQuantizer): Operation.of_integers,
+    (DeMaxQuantizer, Quantizer): Operation.without_maxima,
+}
+"""Products of two activations that are more than one of values, by the classes of both quantizers."""

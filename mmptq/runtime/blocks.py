@@ -1,9 +1,5 @@
-"""Transformer blocks in integers, worked through in pieces that stay in the cache.
+"""Transformer blocks in integers: parts and numbers, which all backends share."""
 
-A block ``x + attention(norm1(x))``, ``x + ffn(norm2(x))`` runs as: window by window (a Vision Transformer has one) codes of the normalized
-tokens, queries, keys and values, both products, codes of the attention's output; then, piece by piece of tokens, the projection and the
-feed-forward network, added to them in place. Windows are padded, shifted and cut by one index of tokens for each size.
-"""
 from __future__ import annotations
 
 import math
@@ -15,21 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import QuantizationError
-from .coders import DeMax, Uniform
-from .kernels import Attention, attend, attend_at_once
+from .attention import Attention
+from .coders import Uniform
+from .errors import NoIntegerForm
 from .linear import IntegerLinear
 from .matmul import IntegerMatMul
-from .windows import shifted
-
-PIECE = 2**21
-"""Values of the widest tensor of a piece: more leave the cache and take memory, fewer are not worth the calls."""
-
-LEAST = 2048
-"""Tokens of a piece for the feed-forward network, at least: with fewer, reading the weights costs most."""
 
 
 class IntegerBlock(nn.Module):
     """A block of a Swin or Vision Transformer; called as the block that it stands for.
+
+    A backend's block says in :meth:`_images` how it runs.
 
     Args:
         norm1: Before attention.
@@ -47,89 +39,103 @@ class IntegerBlock(nn.Module):
         window: Size and shift of the windows; None: one window.
 
     Raises:
-        NotImplementedError: If one of these is not what a fused block is written for.
+        NoIntegerForm: If one of these is not what a fused block is written for.
     """
 
     padding: Tensor
 
-    def __init__(self, norm1: nn.LayerNorm, qkv: IntegerLinear, qk: IntegerMatMul, pv: IntegerMatMul, proj: IntegerLinear,
-                 norm2: nn.LayerNorm, fc1: IntegerLinear, act: nn.Module, fc2: IntegerLinear, heads: int, scale: float,
-                 bias: Tensor | None = None, window: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        norm1: nn.LayerNorm,
+        qkv: IntegerLinear,
+        qk: IntegerMatMul,
+        pv: IntegerMatMul,
+        proj: IntegerLinear,
+        norm2: nn.LayerNorm,
+        fc1: IntegerLinear,
+        act: nn.Module,
+        fc2: IntegerLinear,
+        heads: int,
+        scale: float,
+        bias: Tensor | None = None,
+        window: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__()
-        for kind, modules in ((IntegerLinear, (qkv, proj, fc1, fc2)), (IntegerMatMul, (qk, pv))):
+        for kind, modules in (
+            (IntegerLinear, (qkv, proj, fc1, fc2)),
+            (IntegerMatMul, (qk, pv)),
+        ):
             if any(type(module) is not kind for module in modules):
-                raise NotImplementedError(f'not all are {kind.__name__}: {modules}')
+                raise NoIntegerForm(f'not all are {kind.__name__}: {modules}')
         if not all(isinstance(coder, Uniform) for coder in (qkv.coder, qk.left)):
-            raise NotImplementedError('queries, keys, values and what they are made from must be uniform')
+            raise NoIntegerForm(
+                'queries, keys, values and what they are made from must be uniform'
+            )
         self.norm1, self.qkv, self.qk, self.pv, self.proj = norm1, qkv, qk, pv, proj
         self.norm2, self.fc1, self.act, self.fc2 = norm2, fc1, act, fc2
         self.heads, self.window = heads, window
         coders: Any = (qk.left, qk.right, pv.right)
-        # About an even number halves round as about zero; codes of 8 bits have no room for one more.
-        zeros = [coder.zero if coder.most == 255 else coder.zero + coder.zero % 2 for coder in coders]
-        spans = tuple((zero, -coder.zero, coder.most - coder.zero) for zero, coder in zip(zeros, coders, strict=True))
-        factors = [coder.inverse * factor for coder, factor in zip(coders, (scale, 1, 1), strict=True)]
-        self.heads_steps = qkv.in_steps(self._each_output(factors), self._each_output(zeros))
+        # About an even number halves round as about zero; codes of 8 bits have no room for more.
+        zeros = [
+            coder.zero if coder.most == 255 else coder.zero + coder.zero % 2
+            for coder in coders
+        ]
+        spans = tuple(
+            (zero, -coder.zero, coder.most - coder.zero)
+            for zero, coder in zip(zeros, coders, strict=True)
+        )
+        factors = [
+            coder.inverse * factor
+            for coder, factor in zip(coders, (scale, 1, 1), strict=True)
+        ]
+        self.heads_steps = qkv.in_steps(
+            self._each_output(factors), self._each_output(zeros)
+        )
         keys = -2 if window is not None and isinstance(pv.left, Uniform) else -1
         bias = None if bias is None else bias.transpose(keys, -1).contiguous()
-        held = at_once_or(qk.held, proj.in_features // heads), at_once_or(pv.held, None if window is None else window[0] ** 2)
-        self.attention = Attention(spans, qk.gain, bias, keys, pv.left, pv.gain, held, proj.change, proj.coder)
+        held = (
+            at_once_or(qk.held, proj.in_features // heads),
+            at_once_or(pv.held, None if window is None else window[0] ** 2),
+        )
+        self.attention = Attention(
+            spans, qk.gain, bias, keys, pv.left, pv.gain, held, proj.change, proj.coder
+        )
         self.exact = type(act) is nn.GELU and act.approximate == 'none'
-        self.hidden_codes = fc1.gelu_in_steps(fc2.coder, fc2.change) if self.exact else None
-        self.register_buffer('padding', qkv.encode(qkv.gain.new_zeros(2, qkv.in_features))[:1])
+        self.hidden_codes = (
+            fc1.gelu_in_steps(fc2.coder, fc2.change) if self.exact else None
+        )
+        self.register_buffer(
+            'padding', qkv.encode(qkv.gain.new_zeros(2, qkv.in_features))[:1]
+        )
 
     def _each_output(self, values: Sequence[Tensor]) -> Tensor:
-        """Values of queries, keys and values, () or (heads, 1, 1), for each output of their layer."""
+        """Values of queries, keys and values, () or (heads, 1, 1), for each output of their
+        layer.
+        """
         channels = self.qkv.out_features // (3 * self.heads)
-        return torch.stack([value.reshape(-1, 1).expand(self.heads, channels) for value in values]).flatten()
+        return torch.stack(
+            [value.reshape(-1, 1).expand(self.heads, channels) for value in values]
+        ).flatten()
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int] | None = None) -> Tensor:
         """Tokens (batch, tokens, channels), of maps of a shape for windows."""
         if not len(x):
             raise QuantizationError('a block got a batch of 0 images')
         if not x.shape[1] or x.shape[2] != self.qkv.in_features:
-            raise QuantizationError(f'a block of {self.qkv.in_features} channels got tokens of shape {tuple(x.shape)}')
-        if self.window is not None and (hw_shape is None or math.prod(hw_shape) != x.shape[1]):
-            raise QuantizationError(f'a block got {x.shape[1]} tokens for a map of size {hw_shape}')
+            raise QuantizationError(
+                f'a block of {self.qkv.in_features} channels got tokens of shape {tuple(x.shape)}'
+            )
+        if self.window is not None and (
+            hw_shape is None or math.prod(hw_shape) != x.shape[1]
+        ):
+            raise QuantizationError(
+                f'a block got {x.shape[1]} tokens for a map of size {hw_shape}'
+            )
         return self._images(x.contiguous(), hw_shape)
 
     def _images(self, x: Tensor, hw_shape: tuple[int, int] | None) -> Tensor:
-        return joined([self._image(tokens, hw_shape)[None] for tokens in x])
-
-    def _image(self, x: Tensor, hw_shape: tuple[int, int] | None) -> Tensor:
-        """The tokens of one image, (tokens, channels)."""
-        codes, x = self.qkv.encode_normalized_and_copy(self.norm1, x)
-        attended = self._attention(codes, hw_shape)
-        rows = max(LEAST, rows_of(self.fc1.out_features))
-        for piece, attended_piece in zip(x.split(rows), attended.split(rows), strict=True):
-            self.proj.add_to(piece, attended_piece)
-            self._feed_forward(piece)
-        return x
-
-    def _attention(self, codes: Tensor, hw_shape: tuple[int, int] | None) -> Tensor:
-        """Codes for the projection from codes for queries, keys and values, (tokens, channels) both."""
-        if self.window is None or hw_shape is None:
-            return self._attend(codes[None], None)[0]
-        windows, length = shifted(*hw_shape, *self.window, codes.device), self.window[0] ** 2
-        codes = torch.cat([codes, self.padding])
-        count = rows_of(length * max(self.qkv.out_features, self.heads * length))
-        attended = joined([self._attend(codes.index_select(0, token.flatten()).view(*token.shape, -1), mask)
-                           for group in windows.groups for token, mask in group.pieces(count)])
-        return attended.flatten(0, 1).index_select(0, windows.place)
-
-    def _attend(self, codes: Tensor, mask: Tensor | None) -> Tensor:
-        """Codes for the projection, (windows, length, channels), from codes for queries, keys and values."""
-        count, length, channels = codes.shape
-        steps = self.heads_steps(codes.view(-1, channels)).view(count, length, 3, self.heads, -1)
-        attention = self.attention
-        if mask is not None:
-            attention = attention._replace(bias=mask if attention.bias is None else attention.bias + mask)
-            torch._dynamo.maybe_mark_dynamic(attention.bias, 0)
-        if self.window is None:
-            torch._dynamo.maybe_mark_dynamic(steps, 1)  # a window's length is the same for all images
-        elif isinstance(attention.probabilities, DeMax):
-            return attend(steps, attention)
-        return attend_at_once(steps, attention)
+        """What the block makes of tokens (batch, tokens, channels), contiguous."""
+        raise NotImplementedError
 
     def _feed_forward(self, x: Tensor) -> None:
         """Adds ``ffn(norm2(x))`` to x, (tokens, channels)."""
@@ -146,20 +152,15 @@ class IntegerBlock(nn.Module):
 
 
 def at_once_or(held: int, length: int | None) -> int:
-    """Columns whose sums float32 holds, the same for as many blocks as can be: each number is compiled for.
+    """Columns whose sums float32 holds, the same for as many blocks as can be: each number is
+    compiled for.
 
     Args:
         held: How many it holds.
         length: How many there are, None if that depends on the image.
     """
-    return sys.maxsize if length is not None and length <= held else 2 ** (held.bit_length() - 1)
-
-
-def rows_of(width: int) -> int:
-    """Rows of a piece whose widest tensor has so many values in a row."""
-    return max(1, PIECE // width)
-
-
-def joined(parts: list[Tensor]) -> Tensor:
-    """Tensors one after another; one alone is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (
+        sys.maxsize
+        if length is not None and length <= held
+        else 2 ** (held.bit_length() - 1)
+    )

@@ -2,16 +2,25 @@
 
 Each coder is a tuple of tensors and plain numbers, so that ``torch.compile`` sees through it.
 """
+
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..layers import GeluShift, QuantOp, Rescale
-from ..quantizers import AdaLogQuantizer, DeMaxQuantizer, Quantizer, UniformQuantizer
+from ..quantizers import (
+    AdaLogQuantizer,
+    DeMaxQuantizer,
+    Float,
+    Quantizer,
+    UniformQuantizer,
+)
 from ..quantizers.adalog import R, decode_table
+from .errors import required
 
 
 class Uniform(NamedTuple):
@@ -44,7 +53,9 @@ class Uniform(NamedTuple):
 
 
 class AdaLog(NamedTuple):
-    """Codes ``round(-log2(clip(x / s, 0, 1)) r / q)``; a code stands for an integer below 2^(b + 1) times a power of two, worth ``scale``.
+    """Codes ``round(-log2(clip(x / s, 0, 1)) r / q)``.
+
+    A code stands for an integer below 2^(b + 1) times a power of two, worth ``scale``.
 
     Attributes:
         full: s, at which the logarithm is zero.
@@ -62,12 +73,14 @@ class AdaLog(NamedTuple):
 
     def integers(self, x: Tensor) -> Tensor:
         """What is multiplied: table values, float."""
-        codes = ((x / self.full).clamp(0, 1).log2() * self.rate).round().clamp(max=self.last)
+        steps = (x / self.full).clamp(0, 1).log2() * self.rate
+        codes = steps.round().clamp(max=self.last)
         return self.table[codes.nan_to_num(nan=self.last + 1).to(torch.int32)]
 
 
 class DeMax(NamedTuple):
-    """Codes of each row without its largest entries, and these apart (:class:`mmptq.quantizers.DeMaxQuantizer`).
+    """Codes of each row without its largest entries, and these apart
+    (:class:`mmptq.quantizers.DeMaxQuantizer`).
 
     Attributes:
         most: N - 1.
@@ -94,33 +107,62 @@ Coder = Uniform | AdaLog | DeMax | Whole
 
 
 class Change(NamedTuple):
-    """``x factor - shift``, what stands between an activation and its coder (:mod:`mmptq.layers.rescale`)."""
+    """``x factor - shift``, what stands between an activation and its coder
+    (:mod:`mmptq.layers.rescale`).
+    """
 
     factor: Tensor
     shift: Tensor
 
 
 def coder(quantizer: Quantizer) -> Coder:
-    """The coder of a calibrated quantizer.
+    """The coder of a calibrated quantizer, by :data:`CODERS`.
 
     Raises:
-        NotImplementedError: For other kinds of quantizers than those of this package.
+        NoIntegerForm: If the table has no entry for its class, nor for one that it inherits from.
     """
-    params = quantizer.params
-    if not quantizer.param_names:
-        return Whole(quantizer.place.new_ones(()))
-    assert params is not None
-    if isinstance(quantizer, UniformQuantizer):
-        scale = params['scale']
-        return Uniform(scale.reciprocal(), params['zero_point'].to(scale.dtype), quantizer.levels - 1, scale)
-    if isinstance(quantizer, AdaLogQuantizer):
-        shift, mantissa, largest = decode_table(params['q'], quantizer.levels)
-        values = torch.cat([torch.exp2(-shift) * mantissa, shift.new_zeros(1)])
-        values = torch.cat([values[:quantizer.zero_code], shift.new_tensor([0.0, torch.nan])])
-        return AdaLog(params['scale'], -R / params['q'], quantizer.zero_code, values.float(), params['scale'] / largest)
-    if isinstance(quantizer, DeMaxQuantizer):
-        return DeMax(quantizer.levels - 1, quantizer.maxima, quantizer.side == 'float16')
-    raise NotImplementedError(f'{type(quantizer).__name__} has no integer form')
+    make = required(CODERS, quantizer, 'mmptq.runtime.coders.CODERS')
+    return make(quantizer)
+
+
+def uniform_coder(quantizer: UniformQuantizer) -> Uniform:
+    """That of a uniform quantizer."""
+    scale, zero_point = quantizer.scale, quantizer.zero_point
+    assert scale is not None and zero_point is not None
+    return Uniform(
+        scale.reciprocal(), zero_point.to(scale.dtype), quantizer.levels - 1, scale
+    )
+
+
+def adalog_coder(quantizer: AdaLogQuantizer) -> AdaLog:
+    """That of an AdaLog quantizer: its tables of shifts and mantissas become one of values."""
+    scale, q = quantizer.scale, quantizer.q
+    assert scale is not None and q is not None
+    shift, mantissa, largest = decode_table(q, quantizer.levels)
+    values = torch.exp2(-shift) * mantissa
+    # A strict quantizer takes the last of its codes for zero; else zero is one more.
+    values = torch.cat([values, shift.new_zeros(1)])[: quantizer.zero_code]
+    table = torch.cat([values, shift.new_tensor([0.0, torch.nan])])
+    return AdaLog(scale, -R / q, quantizer.zero_code, table.float(), scale / largest)
+
+
+def demax_coder(quantizer: DeMaxQuantizer) -> DeMax:
+    """That of a DeMax quantizer, which finds its step in each row."""
+    return DeMax(quantizer.levels - 1, quantizer.maxima, quantizer.side == 'float16')
+
+
+def whole_coder(quantizer: Float) -> Whole:
+    """That of an operand that a recipe leaves in float."""
+    return Whole(quantizer.place.new_ones(()))
+
+
+CODERS: dict[type[Quantizer], Callable[[Any], Coder]] = {
+    UniformQuantizer: uniform_coder,
+    AdaLogQuantizer: adalog_coder,
+    DeMaxQuantizer: demax_coder,
+    Float: whole_coder,
+}
+"""What makes the coder of a quantizer, by its class; a subclass has that of its base."""
 
 
 def change(op: QuantOp) -> Change | None:

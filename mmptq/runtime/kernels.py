@@ -1,4 +1,9 @@
-"""What is computed between integer products, one pass over memory each where ``torch.compile`` has a compiler."""
+"""What is computed between integer products in torch, on any device: codes, sums of floats,
+DeMax's side data.
+
+Each is one pass over memory where ``torch.compile`` has a compiler.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -7,16 +12,13 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .coders import AdaLog, Change, Coder, DeMax, Uniform
-
-FARTHEST = -80.0
-"""Of a score from the largest: exp of less has denormal numbers, which take a CPU many times as long; beside 1 they are nothing."""
+from .coders import AdaLog, Change, DeMax, Uniform
 
 Function = TypeVar('Function', bound=Callable[..., Any])
 Side = tuple[Tensor, Tensor, Tensor]
@@ -26,33 +28,50 @@ Side = tuple[Tensor, Tensor, Tensor]
 @functools.cache
 def has_compiler() -> bool:
     """Whether there is a C++ compiler for ``torch.compile``; a line in the log if not."""
-    found = any(shutil.which(name) for name in (os.environ.get('CXX', ''), 'g++', 'clang++') if name)
+    found = any(
+        shutil.which(name)
+        for name in (os.environ.get('CXX', ''), 'g++', 'clang++')
+        if name
+    )
     if not found:
-        logging.getLogger('mmengine').warning('no C++ compiler (g++, clang++ or $CXX): what is between integer products runs unfused, '
-                                              'which takes about twice as long')
+        logging.getLogger('mmengine').warning(
+            'no C++ compiler (g++, clang++ or $CXX): '
+            'what is between integer products runs unfused, '
+            'which takes about twice as long'
+        )
     return found
 
 
 def fused(rows: int = 1) -> Callable[[Function], Function]:
-    """A function of tensors, compiled when it is first called: once for each width, for any number of rows.
+    """A function of tensors, compiled when it is first called: once for each width, for any
+    number of rows.
 
     Args:
         rows: How many of the arguments, the first ones, have rows; they are the first dimension.
     """
+
     def decorate(function: Function) -> Function:
         @functools.cache
         def compiled() -> Any:
             # Without precise casts, a rounding to float16 is optimized away.
             options = {'emulate_precision_casts': True}
-            # Before torch 2.13 there is no limit to set but that of the whole process, and what is beyond it runs uncompiled.
-            limit = {'recompile_limit': 256} if 'recompile_limit' in inspect.signature(torch.compile).parameters else {}
-            return torch.compile(function, dynamic=False, options=options, **limit)  # type: ignore[call-overload]
+            # Before torch 2.13 there is no limit to set but that of the whole process, and what
+            # is beyond it runs uncompiled.
+            limit = (
+                {'recompile_limit': 256}
+                if 'recompile_limit' in inspect.signature(torch.compile).parameters
+                else {}
+            )
+            settings: dict[str, Any] = {'dynamic': False, 'options': options, **limit}
+            return torch.compile(function, **settings)
 
         @functools.wraps(function)
         def call(x: Tensor, *args: Any) -> Any:
-            if torch.compiler.is_compiling() or not has_compiler() or not x.shape[0]:  # part of a larger one
+            if (
+                torch.compiler.is_compiling() or not has_compiler() or not x.shape[0]
+            ):  # part of a larger one
                 return function(x, *args)
-            for each in (x, *args[:rows - 1]):
+            for each in (x, *args[: rows - 1]):
                 if each is not None:
                     torch._dynamo.maybe_mark_dynamic(each, 0)
             return compiled()(x, *args)
@@ -65,14 +84,22 @@ def fused(rows: int = 1) -> Callable[[Function], Function]:
 @fused()
 def encode(x: Tensor, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
     """Codes of rows (rows, channels), uint8; of AdaLog the table's values, float."""
-    return _coded(x, change, coder)
+    return coded(x, change, coder)
 
 
 @fused()
-def encode_normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, change: Change | None,
-                      coder: Uniform | AdaLog) -> Tensor:
+def encode_normalized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    change: Change | None,
+    coder: Uniform | AdaLog,
+) -> Tensor:
     """Codes of the layer norm of rows, as :func:`encode` gives them."""
-    return _coded(F.layer_norm(x, x.shape[-1:], weight, bias, eps).float(), change, coder)
+    return coded(
+        F.layer_norm(x, x.shape[-1:], weight, bias, eps).float(), change, coder
+    )
 
 
 @fused()
@@ -82,7 +109,14 @@ def encode_normalized_and_copy(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 @fused()
-def encode_merged(x: Tensor, weight: Tensor, bias: Tensor, eps: float, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
+def encode_merged(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    change: Change | None,
+    coder: Uniform | AdaLog,
+) -> Tensor:
     """Codes of the layer norm of patches of a map.
 
     Args:
@@ -101,120 +135,40 @@ def encode_merged(x: Tensor, weight: Tensor, bias: Tensor, eps: float, change: C
     normed = F.layer_norm(x, shape, weight.view(shape), bias.view(shape), eps).float()
     if change is not None:
         change = Change(*(each.expand(weight.shape).reshape(shape) for each in change))
-    return _coded(normed, change, coder).flatten(0, 1).flatten(1)
+    return coded(normed, change, coder).flatten(0, 1).flatten(1)
 
 
 @fused()
-def map_of_normalized(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def map_of_normalized(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     """The layer norm of rows (rows, channels), with channels outermost: (channels, rows)."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).t().contiguous()
 
 
-def _coded(x: Tensor, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
+def coded(x: Tensor, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
+    """Codes of a changed tensor of any shape, as :func:`encode` gives them."""
     if change is not None:
         x = x * change.factor - change.shift
-    return coder.codes(x).to(torch.uint8) if isinstance(coder, Uniform) else coder.integers(x)
-
-
-class Attention(NamedTuple):
-    """What an attention computes between its layers.
-
-    Attributes:
-        spans: Of queries, keys and values the zero that their steps are counted from, and the lowest and the highest integer, (heads, 1, 1)
-            or () each.
-        scale: What one of the integer scores is worth, (heads, 1, 1) or ().
-        bias: Added to the scores, (heads, length, length), or for each window.
-        keys: The dimension of scores and bias that keys are along, -1, or -2: then a vector of the CPU holds one key's scores of many
-            queries, and no maximum or sum is taken within a vector, which is faster where rows are short.
-        probabilities: Their coder.
-        gain: What one of the integer sums of values is worth, (heads, 1, 1) or ().
-        held: Columns whose sums float32 holds, of both products.
-        change: Before the coder of the output.
-        output: The coder of the next layer's input.
-    """
-
-    spans: tuple[tuple[Tensor, Tensor, Tensor], ...]
-    scale: Tensor
-    bias: Tensor | None
-    keys: int
-    probabilities: Coder
-    gain: Tensor
-    held: tuple[int, int]
-    change: Change | None
-    output: Uniform | AdaLog
-
-
-def attend(x: Tensor, attention: Attention) -> Tensor:
-    """Codes for the layer after an attention, from the steps of queries, keys and values.
-
-    Args:
-        x: uint8, (windows, length, 3, heads, channels).
-        attention: Its parameters.
-
-    Returns:
-        (windows, length, heads * channels), uint8; of AdaLog float.
-    """
-    queries, keys, values = split_heads(x, attention.spans)
-    left, right = (queries, keys) if attention.keys == -1 else (keys, queries)
-    scores = integer_product(left, right.transpose(-1, -2), attention.held[0])
-    probabilities, side = softmax(scores, attention.scale, attention.bias, attention.probabilities, attention.keys)
-    product = integer_product(probabilities.transpose(attention.keys, -1), values, attention.held[1])
-    if side is not None:
-        product = with_maxima(product, values, *side)
-    return merge_heads(product, attention.gain, attention.change, attention.output)
-
-
-attend_at_once = fused()(attend)
-""":func:`attend` compiled as one; then the rows of DeMax's windows would be read from memory again and again."""
+    return (
+        coder.codes(x).to(torch.uint8)
+        if isinstance(coder, Uniform)
+        else coder.integers(x)
+    )
 
 
 def integer_product(left: Tensor, right: Tensor, held: int) -> Tensor:
-    """The product of integers (..., rows, inner) and (..., inner, columns), in float32, of which it holds sums of so many columns."""
+    """The product of integers (..., rows, inner) and (..., inner, columns), in float32, of which
+    it holds sums of so many columns.
+    """
     if left.shape[-1] <= held:
         return left @ right
     pairs = zip(left.split(held, -1), right.split(held, -2), strict=True)
-    return torch.stack([(a @ b).to(torch.int32) for a, b in pairs]).sum(0, dtype=torch.int32).to(left.dtype)
-
-
-@fused()
-def split_heads(x: Tensor, spans: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> tuple[Tensor, ...]:
-    """Queries, keys and values as integers.
-
-    Args:
-        x: Their steps, uint8, (windows, length, 3, heads, channels).
-        spans: See :class:`Attention`.
-
-    Returns:
-        Each (windows, heads, length, channels), float.
-    """
-    parts = zip(x.unbind(2), spans, strict=True)
-    return tuple((part.transpose(1, 2).float() - zero).clamp(low, high).contiguous() for part, (zero, low, high) in parts)
-
-
-@fused()
-def softmax(scores: Tensor, scale: Tensor, bias: Tensor | None, coder: Coder, keys: int) -> tuple[Tensor, Side | None]:
-    """Integers of attention probabilities, as the scores lie.
-
-    Args:
-        scores: Integer products of queries and keys, (windows, heads, length, length).
-        scale: What one is worth, (heads, 1, 1) or ().
-        bias: Added, (heads, length, length), or for each window.
-        coder: Of the probabilities.
-        keys: The dimension that keys are along, -1 for DeMax.
-    """
-    scores = scores * scale
-    if bias is not None:
-        scores = scores + bias
-    scores = scores - scores.amax(keys, keepdim=True)
-    powers = torch.where(scores > FARTHEST, scores, FARTHEST).exp()  # torch.clamp takes a CPU twice as long
-    if isinstance(coder, Uniform):
-        steps = torch.round(powers * (powers * coder.scale).sum(keys, keepdim=True).reciprocal())
-        most = coder.most - coder.zero
-        return torch.where(steps < most, steps, most), None  # none is below zero
-    probabilities = powers * powers.sum(keys, keepdim=True).reciprocal()
-    if isinstance(coder, DeMax):
-        return softmax_side(probabilities, coder)
-    return coder.integers(probabilities), None
+    return (
+        torch.stack([(a @ b).to(torch.int32) for a, b in pairs])
+        .sum(0, dtype=torch.int32)
+        .to(left.dtype)
+    )
 
 
 def softmax_side(x: Tensor, coder: DeMax) -> tuple[Tensor, Side]:
@@ -224,7 +178,9 @@ def softmax_side(x: Tensor, coder: DeMax) -> tuple[Tensor, Side]:
     taken, positions, gone = [], [], 0.0 if coder.maxima == 1 else -1.0
     for _ in range(min(coder.maxima, length)):
         maximum = x.amax(-1, keepdim=True)
-        position = torch.where(x == maximum, places, float(length)).amin(-1, keepdim=True)  # vectorized, as argmax is not
+        position = torch.where(x == maximum, places, float(length)).amin(
+            -1, keepdim=True
+        )  # vectorized, as argmax is not
         x = torch.where(places == position, gone, x)
         taken.append(maximum)
         positions.append(position.clamp(max=length - 1).to(torch.int64))
@@ -236,22 +192,21 @@ def softmax_side(x: Tensor, coder: DeMax) -> tuple[Tensor, Side]:
         step, maxima = step.half().float(), maxima.half().float()
     usable = step > torch.finfo(torch.float32).tiny
     step = torch.where(usable, step, 0.0)
-    codes = torch.round(x * torch.where(usable, step, 1.0).reciprocal()).clamp(0, coder.most)
+    codes = torch.round(x * torch.where(usable, step, 1.0).reciprocal()).clamp(
+        0, coder.most
+    )
     return codes, (step, maxima, torch.cat(positions, -1))
 
 
 @fused(rows=5)
-def with_maxima(product: Tensor, values: Tensor, step: Tensor, maxima: Tensor, positions: Tensor) -> Tensor:
-    """DeMax's product: codes times values, by the step of the row, and for each maximum the row of values that it gathers."""
+def with_maxima(
+    product: Tensor, values: Tensor, step: Tensor, maxima: Tensor, positions: Tensor
+) -> Tensor:
+    """DeMax's product: codes times values, by the step of the row, and for each maximum the row
+    of values that it gathers.
+    """
     product = product * step
     for number in range(positions.shape[-1]):
         index = positions[..., number, None].expand(product.shape)
         product = product + maxima[..., number, None] * values.gather(-2, index)
     return product
-
-
-@fused()
-def merge_heads(x: Tensor, gain: Tensor, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
-    """Codes of an attention's output, (windows, length, heads * channels), from integer sums (windows, heads, length, channels)."""
-    x = (x * gain).transpose(1, 2)
-    return _coded(x.reshape(x.shape[0], x.shape[1], -1), change, coder)

@@ -8,7 +8,7 @@ so near to it that rounding explains it; then the outputs must agree as floats d
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -163,26 +163,41 @@ def replaced(quantizer: Quantizer, coder: Uniform | AdaLog | DeMax, name: str, s
 
 def pairs(x: Tensor, codes: Seen, coder: Uniform | AdaLog | DeMax) -> Iterator[tuple[Tensor, Tensor]]:
     """Where values lie in steps of their codes, and the codes; a code is right if it is not farther away than half a step."""
-    if isinstance(coder, Uniform):
-        position = (x * coder.inverse).clamp(-coder.zero, coder.most - coder.zero)
-        yield position, codes[0]
-    elif isinstance(coder, AdaLog):
-        position = ((x / coder.full).clamp(0, 1).log2() * coder.rate).clamp(max=coder.last)
-        table = -coder.table[:-1].contiguous()  # ascending; neighbours may be equal
-        first, behind = (torch.searchsorted(table, -codes[0], right=right) for right in (False, True))
-        yield position, position.round().clamp(first, behind - 1)
-    else:
-        kept, step, maxima, positions = codes
-        taken = x.gather(-1, positions)
-        rest = x.scatter(-1, positions, 0)
-        unit = torch.where(step > 0, step, 1)
-        yield (rest * unit.reciprocal()).clamp(max=coder.most), kept  # as the simulation rounds
-        # They are the largest: past the edge, by what it is larger, where one of the rest is.
-        yield (0.5 + (rest.amax(-1, keepdim=True) - taken) / unit).clamp(min=0), torch.zeros_like(taken)
-        if coder.half:
-            for value, rounded in ((rest.amax(-1, keepdim=True) / coder.most, step), (taken, maxima)):
-                spacing = torch.exp2(rounded.clamp(min=2.0**-14).log2().floor() - 10)
-                yield value / spacing, rounded / spacing
+    return POSITIONS[type(coder)](x, codes, coder)
+
+
+def uniform_positions(x: Tensor, codes: Seen, coder: Uniform) -> Iterator[tuple[Tensor, Tensor]]:
+    """:func:`pairs` of steps of one size."""
+    position = (x * coder.inverse).clamp(-coder.zero, coder.most - coder.zero)
+    yield position, codes[0]
+
+
+def adalog_positions(x: Tensor, codes: Seen, coder: AdaLog) -> Iterator[tuple[Tensor, Tensor]]:
+    """:func:`pairs` of steps of a logarithm."""
+    position = ((x / coder.full).clamp(0, 1).log2() * coder.rate).clamp(max=coder.last)
+    table = -coder.table[:-1].contiguous()  # ascending; neighbours may be equal
+    first, behind = (torch.searchsorted(table, -codes[0], right=right) for right in (False, True))
+    yield position, position.round().clamp(first, behind - 1)
+
+
+def demax_positions(x: Tensor, codes: Seen, coder: DeMax) -> Iterator[tuple[Tensor, Tensor]]:
+    """:func:`pairs` of a row's codes, of its maxima, and of both as float16 where they are rounded to it."""
+    kept, step, maxima, positions = codes
+    taken = x.gather(-1, positions)
+    rest = x.scatter(-1, positions, 0)
+    unit = torch.where(step > 0, step, 1)
+    yield (rest * unit.reciprocal()).clamp(max=coder.most), kept  # as the simulation rounds
+    # They are the largest: past the edge, by what it is larger, where one of the rest is.
+    yield (0.5 + (rest.amax(-1, keepdim=True) - taken) / unit).clamp(min=0), torch.zeros_like(taken)
+    if coder.half:
+        for value, rounded in ((rest.amax(-1, keepdim=True) / coder.most, step), (taken, maxima)):
+            spacing = torch.exp2(rounded.clamp(min=2.0**-14).log2().floor() - 10)
+            yield value / spacing, rounded / spacing
+
+
+POSITIONS: dict[type, Callable[[Tensor, Seen, Any], Iterator[tuple[Tensor, Tensor]]]] = {
+    Uniform: uniform_positions, AdaLog: adalog_positions, DeMax: demax_positions}
+"""Where values lie in steps of their codes, by the class of the coder."""
 
 
 def demax_codes(x: Tensor, coder: DeMax) -> Seen:

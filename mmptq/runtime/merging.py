@@ -1,4 +1,5 @@
 """Swin's patch merging and output norms in integers."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -7,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import joined
 from .kernels import encode_merged, map_of_normalized
 from .linear import IntegerLinear
 
@@ -24,10 +24,15 @@ class IntegerMerging(nn.Module):
         super().__init__()
         order = merged_order(merging.in_channels)
         self.norm = nn.LayerNorm(merging.norm.normalized_shape, merging.norm.eps)
-        self.norm.weight, self.norm.bias = (nn.Parameter(value.detach()[order]) for value in (merging.norm.weight, merging.norm.bias))
+        self.norm.weight, self.norm.bias = (
+            nn.Parameter(value.detach()[order])
+            for value in (merging.norm.weight, merging.norm.bias)
+        )
         self.reduction = reduction
 
-    def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    def forward(
+        self, x: Tensor, input_size: tuple[int, int]
+    ) -> tuple[Tensor, tuple[int, int]]:
         """Tokens (batch, tokens / 4, 2 channels) and the size of their map."""
         height, width = input_size
         maps = x.view(len(x), height, width, -1)
@@ -37,17 +42,23 @@ class IntegerMerging(nn.Module):
         lines = maps.reshape(len(x) * size[0], 2, size[1], -1)
         torch._dynamo.maybe_mark_dynamic(lines, 2)
         norm, reduction = self.norm, self.reduction
-        codes = encode_merged(lines, norm.weight, norm.bias, norm.eps, reduction.change, reduction.coder)
+        codes = encode_merged(
+            lines, norm.weight, norm.bias, norm.eps, reduction.change, reduction.coder
+        )
         return reduction.multiply(codes).view(len(x), -1, reduction.out_features), size
 
 
 def merged_order(channels: int) -> Tensor:
-    """For inputs of patch merging by row, column and channel of a patch, where they are by channel, row and column, (4 channels,)."""
+    """For inputs of patch merging by row, column and channel of a patch, where they are by
+    channel, row and column, (4 channels,).
+    """
     return torch.arange(4 * channels).view(channels, 2, 2).permute(1, 2, 0).flatten()
 
 
 class MapNorm(nn.Module):
-    """A layer norm whose output is made a map, channels outermost; it is so in memory, and only its shape is that of tokens.
+    """A layer norm whose output is made a map, channels outermost.
+
+    It is so in memory, and only its shape is that of tokens.
 
     Args:
         norm: The layer norm.
@@ -59,4 +70,16 @@ class MapNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (batch, tokens, channels)."""
-        return joined([map_of_normalized(tokens, self.norm.weight, self.norm.bias, self.norm.eps)[None] for tokens in x]).transpose(1, 2)
+        return joined(
+            [
+                map_of_normalized(
+                    tokens, self.norm.weight, self.norm.bias, self.norm.eps
+                )[None]
+                for tokens in x
+            ]
+        ).transpose(1, 2)
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Tensors one after another; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,21 +1,24 @@
-"""Products of codes with a weight's integers, by what a device has for them."""
+"""Products of codes with a weight's integers: what each gives, and torch's own, for any device."""
+
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import QuantizationError
 from .coders import Change
+from .errors import NoIntegerForm
 
 FEWEST = 32
 """Rows that ``torch._int_mm`` gets at least."""
 
 
 class Steps(NamedTuple):
-    """What a product is to give in place of floats: ``clip(round(output / scale) + zero, 0, most)``, uint8, of the changed output."""
+    """What a product is to give in place of floats, uint8, of the changed output:
+    ``clip(round(output / scale) + zero, 0, most)``.
+    """
 
     scale: float
     zero: int
@@ -34,54 +37,23 @@ class Product(Protocol):
     at_once: bool
     takes_change: bool
 
-    def __call__(self, codes: Tensor, gain: Tensor, offset: Tensor | None, steps: Steps | None = None, gelu: bool = False) -> Tensor:
-        """From codes (rows, in): float32, (rows, out), through GELU if asked for; or their steps."""
+    def __call__(
+        self,
+        codes: Tensor,
+        gain: Tensor,
+        offset: Tensor | None,
+        steps: Steps | None = None,
+        gelu: bool = False,
+    ) -> Tensor:
+        """From codes (rows, in) floats, float32, or their steps, uint8, (rows, out).
 
-    def add_to(self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None) -> None:
+        With ``gelu`` what it gives has gone through GELU.
+        """
+
+    def add_to(
+        self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None
+    ) -> None:
         """Adds it to a contiguous float32 tensor (rows, out), in place."""
-
-
-class Packed:
-    """A weight as oneDNN keeps it, which torch can neither copy nor save; it is never changed."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __deepcopy__(self, memo: Any) -> Packed:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise QuantizationError('a model in integers cannot be saved; save the calibrated one (quantized.pth, quantized.safetensors)')
-
-
-class OneDNN:
-    """oneDNN's uint8 times int8.
-
-    Args:
-        weight: int8, (out, in), or several of these side by side, whose sum it is.
-        parts: How many.
-        zero_point: Of the codes.
-    """
-
-    at_once, takes_change = True, False
-
-    def __init__(self, weight: Tensor, parts: int, zero_point: int) -> None:
-        self.packed = Packed(torch.ops.onednn.qlinear_prepack(weight, None))
-        self.weight_zero = torch.zeros(len(weight), dtype=torch.int64)
-        self.parts, self.zero_point = parts, zero_point
-
-    def __call__(self, codes: Tensor, gain: Tensor, offset: Tensor | None, steps: Steps | None = None, gelu: bool = False) -> Tensor:
-        assert steps is None or steps.change is None
-        after = (1.0, 0, torch.float32) if steps is None else (steps.scale, steps.zero, torch.uint8)
-        out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            beside(codes, self.parts), 1.0, self.zero_point, self.packed.tensor, gain, self.weight_zero, offset, *after,
-            'gelu' if gelu else 'none', [], 'none')
-        return out if steps is None or steps.most == 255 else out.clamp_(max=steps.most)
-
-    def add_to(self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None) -> None:
-        torch.ops.onednn.qlinear_pointwise.binary(
-            beside(codes, self.parts), 1.0, self.zero_point, self.packed.tensor, gain, self.weight_zero, x, offset, 1.0, 0, torch.float32,
-            1.0, 0, 'sum', 1.0, 'none', [], '')
 
 
 class Plain:
@@ -89,13 +61,22 @@ class Plain:
 
     at_once = takes_change = False
 
-    def __call__(self, codes: Tensor, gain: Tensor, offset: Tensor | None, steps: Steps | None = None, gelu: bool = False) -> Tensor:
+    def __call__(
+        self,
+        codes: Tensor,
+        gain: Tensor,
+        offset: Tensor | None,
+        steps: Steps | None = None,
+        gelu: bool = False,
+    ) -> Tensor:
         assert steps is None and not gelu
         sums = self.sums(codes)
         out = sums.mul_(gain) if sums.is_floating_point() else sums * gain
         return out if offset is None else out.add_(offset)
 
-    def add_to(self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None) -> None:
+    def add_to(
+        self, x: Tensor, codes: Tensor, gain: Tensor, offset: Tensor | None
+    ) -> None:
         x.add_(self(codes, gain, offset))
 
     def sums(self, codes: Tensor) -> Tensor:
@@ -104,16 +85,27 @@ class Plain:
 
 
 class IntMM(Plain):
-    """That of :func:`torch._int_mm`; arguments as for :class:`OneDNN`."""
+    """That of :func:`torch._int_mm`.
+
+    Args:
+        weight: int8, (out, in), or several of these side by side, whose sum it is.
+        parts: How many.
+        zero_point: Of the codes.
+
+    Raises:
+        NoIntegerForm: On a GPU for sizes that torch does not take there.
+    """
 
     def __init__(self, weight: Tensor, parts: int, zero_point: int) -> None:
         if weight.is_cuda and (weight.shape[0] % 8 or weight.shape[1] % 8):
-            raise NotImplementedError('torch._int_mm takes sizes on a GPU that 8 divides')
+            raise NoIntegerForm('torch._int_mm takes sizes on a GPU that 8 divides')
         self.weight, self.parts, self.zero_point = weight, parts, zero_point
         self.lacking = weight.sum(1, dtype=torch.int64)
 
     def sums(self, codes: Tensor) -> Tensor:
-        return int_mm(beside(codes, self.parts), self.weight, self.zero_point, self.lacking)
+        return int_mm(
+            beside(codes, self.parts), self.weight, self.zero_point, self.lacking
+        )
 
 
 class Tables(Plain):
@@ -145,5 +137,9 @@ def int_mm(codes: Tensor, weight: Tensor, zero_point: int, sums: Tensor) -> Tens
         codes = F.pad(codes, (0, 0, 0, FEWEST - rows))
     signed = (codes.to(torch.int16) - 128).to(torch.int8)
     # torch._int_mm misreads the transpose of a single column.
-    product = torch._int_mm(signed, weight.t()) if codes.shape[1] > 1 else signed.to(torch.int32) * weight.t().to(torch.int32)
+    product = (
+        torch._int_mm(signed, weight.t())
+        if codes.shape[1] > 1
+        else signed.to(torch.int32) * weight.t().to(torch.int32)
+    )
     return product[:rows] + ((128 - zero_point) * sums).to(torch.int32)

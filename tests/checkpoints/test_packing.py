@@ -160,6 +160,16 @@ def test_scales_at_the_end_of_float32_are_refused_by_name():
         pack_state(model)
 
 
+def test_a_subclass_of_a_quantizer_is_packed_as_its_base():
+    """Weights and tables are found along the classes that a user's quantizer inherits from."""
+    expected, (model, _) = linear(), linear()
+    quantizer = model['fc'].quantizer('weight')
+    quantizer.__class__ = type('OwnUniform', (UniformQuantizer,), {})
+    for found, wanted in zip(pack_state(model), pack_state(expected[0]), strict=True):
+        assert found.keys() == wanted.keys()
+    assert torch.equal(pack_state(model)[0]['fc.weight'], pack_state(expected[0])[0]['fc.weight'])
+
+
 def test_quantized_weights_must_be_uniform_and_float_ones_stay():
     model, _ = linear()
     model['fc'].weight_quantizer = AdaLogQuantizer(4)

@@ -14,6 +14,7 @@ from mmptq import QuantizationError
 from mmptq.backbones import find_spec
 from mmptq.runtime import kernels, to_integer
 from mmptq.runtime.blocks import IntegerBlock, at_once_or
+from mmptq.runtime.cpu.block import CpuBlock
 from mmptq.runtime.merging import IntegerMerging, MapNorm
 from mmptq.runtime.windows import shifted
 
@@ -67,7 +68,7 @@ def test_every_block_is_that_of_the_simulation(name, recipe):
         converted = ready(name, recipe)
         to_integer(converted, fuse)
         kinds = {type(module) for module in converted.modules()}
-        assert (IntegerBlock in kinds) == (fuse and name in FUSED)
+        assert (CpuBlock in kinds) == (fuse and name in FUSED)
         assert (IntegerMerging in kinds) == (fuse and name in ('mmdet swin', 'mmseg swin'))
         for block, (args, kwargs, expected) in calls.items():
             assert agree(first(converted.get_submodule(block)(*args, **kwargs)), first(expected), args[0]), block
@@ -103,7 +104,7 @@ def test_sizes_that_change_and_pieces_of_any_size(name, monkeypatch):
         plain = fused(x)
         assert max(relative(a, b) for a, b in zip(plain, expected, strict=True)) <= 1e-2, size
         with monkeypatch.context() as patch:
-            patch.setattr('mmptq.runtime.blocks.PIECE', 200)
+            patch.setattr('mmptq.runtime.cpu.block.PIECE', 200)
             assert max(relative(a, b) for a, b in zip(fused(x), plain, strict=True)) <= 1e-2, size
     assert [tuple(y.shape) for y in fused(image(49, 70))] == [tuple(y.shape) for y in backbone(image(49, 70))]
 

@@ -9,10 +9,11 @@ from torch import nn
 from mmptq import QuantizationError
 from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe
-from mmptq.layers import QuantOp
-from mmptq.runtime import kernels, to_integer
+from mmptq.layers import QuantLinear, QuantOp
+from mmptq.runtime import convert, kernels, to_integer
 from mmptq.runtime.base import IntegerOp
 from mmptq.runtime.blocks import IntegerBlock
+from mmptq.runtime.errors import NoIntegerForm
 
 from ..conftest import SWIN, VIT, build_in, image, quantizable
 from .conftest import IMAGES, RECIPES, ready
@@ -52,6 +53,34 @@ def test_what_has_no_integer_form_stays_as_it_is_with_its_reason():
     assert set(simulated.values()) == {'simulated: its input is float'}
     assert not any(isinstance(module, IntegerBlock) for module in backbone.modules())
     assert max(relative(a, b) for a, b in zip(backbone(IMAGES[0]), expected, strict=True)) <= 1e-2
+
+
+def test_only_what_has_no_integer_form_is_passed_over(monkeypatch):
+    """A NotImplementedError of torch's, or of a bug, is no reason to simulate."""
+
+    def raises(error):
+        def integer_form(*_):
+            raise error
+
+        return {**convert.INTEGER, QuantLinear: integer_form}
+
+    monkeypatch.setattr(convert, 'INTEGER', raises(NotImplementedError('no kernel for this')))
+    with pytest.raises(NotImplementedError, match='no kernel for this'):
+        to_integer(ready('mmdet swin'))
+    monkeypatch.setattr(convert, 'INTEGER', raises(NoIntegerForm('it is a toy')))
+    paths = to_integer(ready('mmdet swin'))
+    assert paths['stages.0.blocks.0.ffn.layers.1'] == 'simulated: it is a toy'
+    assert paths['stages.0.blocks.0.attn.w_msa.qk'] == 'integers, exact in float32'
+
+
+def test_an_operation_of_a_kind_that_the_runtime_does_not_know_says_so():
+    """A subclass may compute something else, so that it has no form unless it is named."""
+    backbone = ready('mmdet swin')
+    layer = backbone.stages[0].blocks[0].ffn.layers[1]
+    layer.__class__ = type('OwnLinear', (QuantLinear,), {})
+    paths = to_integer(backbone)
+    assert paths['stages.0.blocks.0.ffn.layers.1'] == 'simulated: OwnLinear has no entry in mmptq.runtime.convert.INTEGER'
+    assert backbone.stages[0].blocks[0].ffn.layers[1] is layer
 
 
 def test_a_model_that_is_not_quantized_or_calibrated_or_converted_already():

@@ -17,9 +17,21 @@ pytest.importorskip('triton', reason='needs Triton (requirements/triton.txt)')
 
 from mmptq import QuantizationError
 from mmptq.layers import QuantConv2d
-from mmptq.runtime import base, conv, convert, forms, gpu, kernels, linear, to_integer
+from mmptq.runtime import convert, to_integer
+from mmptq.runtime.attention import Attention
 from mmptq.runtime.coders import AdaLog, Change, DeMax, Uniform
+from mmptq.runtime.conv import IntegerConv2d
+from mmptq.runtime.cpu.attention import softmax, split_heads
+from mmptq.runtime.errors import NoIntegerForm
+from mmptq.runtime.kernels import integer_product, with_maxima
 from mmptq.runtime.products import Steps
+from mmptq.runtime.triton import attention as attention_file
+from mmptq.runtime.triton import product as product_file
+from mmptq.runtime.triton.attention import GpuAttention
+from mmptq.runtime.triton.backend import TritonBackend
+from mmptq.runtime.triton.block import GpuBlock
+from mmptq.runtime.triton.norm import GpuNorm
+from mmptq.runtime.triton.product import GpuProduct
 from mmptq.runtime.windows import places
 
 from ..conftest import equip
@@ -34,8 +46,7 @@ torch.backends.cudnn.allow_tf32 = False  # the simulation's convolutions
 @pytest.fixture
 def triton(monkeypatch):
     """The choice that a GPU makes, wherever the tensors are."""
-    for module in (base, conv, convert, forms, linear):
-        monkeypatch.setattr(module, 'has_triton', lambda device: True)
+    monkeypatch.setattr(convert, 'choose_backend', lambda device: TritonBackend())
 
 
 def generator(seed):
@@ -70,7 +81,7 @@ def test_sums_are_exact(seed, bits, weight_bits, rows, inner, out, zero, ends):
     weight_zero = integer(0, 2**weight_bits, out, 1, seed=seed + 1)
     weight = (integer(0, 2, out, inner, seed=seed + 2) * (2**weight_bits - 1) if ends
               else integer(0, 2**weight_bits, out, inner, seed=seed + 2)) - weight_zero
-    product = gpu.GpuProduct(weight, zero, most)
+    product = GpuProduct(weight, zero, most)
     expected = (codes.long() - zero).cpu() @ weight.cpu().T
     assert torch.equal(product(codes, torch.ones(out, device=DEVICE), None).cpu(), expected.float())
 
@@ -79,7 +90,7 @@ def test_sums_are_exact(seed, bits, weight_bits, rows, inner, out, zero, ends):
 def test_what_a_product_does_with_its_sums(bits):
     """Gain and offset; added to a tensor; GELU; steps, cut at both ends, of a changed output."""
     codes, weight = integer(0, 2**bits, 50, 40).to(torch.uint8), integer(-100, 155, 48, 40)
-    product = gpu.GpuProduct(weight, 3, 2**bits - 1)
+    product = GpuProduct(weight, 3, 2**bits - 1)
     gain, offset = rand(48).abs() / 60 / 2**bits, rand(48, seed=1)
     expected = (((codes.long() - 3).cpu() @ weight.cpu().T).double() * gain.cpu().double() + offset.cpu().double()).to(DEVICE)
     torch.testing.assert_close(product(codes, gain, offset).double(), expected, rtol=1e-6, atol=1e-6)
@@ -109,7 +120,7 @@ def test_codes_of_a_layer_norm(channels, affine):
         norm.weight.data, norm.bias.data = rand(channels, seed=3), rand(channels, seed=4)
     for each in (None, change):
         out = torch.full((38, channels), 77, dtype=torch.uint8, device=DEVICE)
-        gpu.GpuNorm(norm, each, coder)(x, out)
+        GpuNorm(norm, each, coder)(x, out)
         normed = norm(x).detach() if each is None else norm(x).detach() * each.factor - each.shift
         steps = normed / 0.05
         assert (out[-1] == 77).all()
@@ -145,7 +156,7 @@ def test_attention_is_that_of_the_cpu(kind, case):
     bias = None if window is None else rand(heads, 49, 49)
     keys = -2 if window is not None and kind.startswith('uniform') else -1
     layer_change = Change(rand(heads * channels, seed=5).abs() + 0.5, rand(heads * channels, seed=6) / 10)
-    attention = kernels.Attention(
+    attention = Attention(
         spans, (rand(heads, 1, 1, seed=1).abs() + 0.5) / 40000, None if bias is None else bias.transpose(keys, -1).contiguous(), keys,
         probabilities_of(kind), (rand(heads, 1, 1, seed=2).abs() + 0.5) / 5000, (258, 258), layer_change, uniform(1, 0, 8))
     steps = integer(0, 256, images * tokens + 1, 3 * heads * channels).to(torch.uint8)
@@ -168,7 +179,7 @@ def test_attention_is_that_of_the_cpu(kind, case):
         exact.append(result.view(tokens, -1))
     values = torch.cat(exact)
     coder = uniform(float(values.std()) / 12, 120, 8)
-    found = gpu.GpuAttention(attention._replace(output=coder), heads, channels, window)(steps, images, size).float()
+    found = GpuAttention(attention._replace(output=coder), heads, channels, window)(steps, images, size).float()
     expected = coder.codes(values)
     assert len(found.unique()) > 30 and (found - expected).abs().max() <= 4
     assert (found == expected)[clear(values * coder.inverse)].float().mean() > 0.998
@@ -176,13 +187,13 @@ def test_attention_is_that_of_the_cpu(kind, case):
 
 def reference(split, attention):
     """The attention's output before its codes, by the CPU's functions."""
-    queries, keys, values = kernels.split_heads(split, attention.spans)
+    queries, keys, values = split_heads(split, attention.spans)
     left, right = (queries, keys) if attention.keys == -1 else (keys, queries)
-    scores = kernels.integer_product(left, right.transpose(-1, -2), attention.held[0])
-    probabilities, side = kernels.softmax(scores, attention.scale, attention.bias, attention.probabilities, attention.keys)
-    product = kernels.integer_product(probabilities.transpose(attention.keys, -1), values, attention.held[1])
+    scores = integer_product(left, right.transpose(-1, -2), attention.held[0])
+    probabilities, side = softmax(scores, attention.scale, attention.bias, attention.probabilities, attention.keys)
+    product = integer_product(probabilities.transpose(attention.keys, -1), values, attention.held[1])
     if side is not None:
-        product = kernels.with_maxima(product, values, *side)
+        product = with_maxima(product, values, *side)
     out = (product * attention.gain).transpose(1, 2).flatten(2)
     return out * attention.change.factor - attention.change.shift
 
@@ -196,12 +207,12 @@ def test_a_convolution_is_that_of_the_simulation(kernel, stride, padding, dilati
     op.weight.data = torch.randint(-90, 166, op.weight.shape, generator=generator(1)).float()
     equip(op, input=whole(0.5, 90, 8), weight=whole(1, [90] * 7, 8, axis=-4)).to(DEVICE)
     x = rand(2, 5, 13, 11) * 40
-    converted = conv.IntegerConv2d(op)
+    converted = IntegerConv2d(op, TritonBackend())
     assert converted.path == 'int8, by Triton'
     torch.testing.assert_close(converted(x), op(x), rtol=1e-6, atol=1e-2)
     grouped = equip(QuantConv2d.from_float(nn.Conv2d(4, 4, 1, groups=2)), input=whole(1, 0, 8), weight=whole(1, [8] * 4, 4, axis=-4))
-    with pytest.raises(NotImplementedError, match='in groups on a GPU'):
-        conv.IntegerConv2d(grouped)
+    with pytest.raises(NoIntegerForm, match='in groups on a GPU'):
+        IntegerConv2d(grouped, TritonBackend())
 
 
 @pytest.mark.parametrize('name, recipe', [('mmdet swin', 'minmax_w8a8'), ('mmdet swin', 'adalog_w4a4'), ('mmdet swin', 'uqvit_w4a4'),
@@ -213,7 +224,7 @@ def test_every_block_is_that_of_the_simulation(name, recipe, triton):
     calls = block_calls(backbone, IMAGES[0].to(DEVICE))
     converted = ready(name, recipe).to(DEVICE)
     paths = to_integer(converted)
-    assert any(isinstance(module, gpu.GpuBlock) for module in converted.modules())
+    assert any(isinstance(module, GpuBlock) for module in converted.modules())
     assert {path for path in paths.values() if 'AdaLog' not in path} <= {'int8, by Triton', 'integers, exact in float32'}
     for block, (args, kwargs, expected) in calls.items():
         assert agree(first(converted.get_submodule(block)(*args, **kwargs)), first(expected), args[0]), block
@@ -235,7 +246,7 @@ def test_a_whole_backbone_and_its_batch(triton):
 
 def test_inputs_of_another_width_are_refused():
     """A kernel would read beyond them."""
-    product = gpu.GpuProduct(integer(-8, 8, 5, 16), 3, 15)
+    product = GpuProduct(integer(-8, 8, 5, 16), 3, 15)
     ones = torch.ones(5, device=DEVICE)
     with pytest.raises(QuantizationError, match=r'16 inputs and 5 outputs got codes of shape \(2, 15\)'):
         product(torch.zeros(2, 15, dtype=torch.uint8, device=DEVICE), ones, None)
@@ -244,19 +255,19 @@ def test_inputs_of_another_width_are_refused():
 
 
 def test_two_maxima_and_wide_heads_have_no_kernel():
-    attention = kernels.Attention(((0, 0, 0),) * 3, torch.ones(1), None, -1, DeMax(15, 2, True), torch.ones(1), (1, 1), None,
+    attention = Attention(((0, 0, 0),) * 3, torch.ones(1), None, -1, DeMax(15, 2, True), torch.ones(1), (1, 1), None,
                                   uniform(1, 0, 8))
-    with pytest.raises(NotImplementedError, match='two or more maxima'):
-        gpu.GpuAttention(attention, 1, 8, None)
-    with pytest.raises(NotImplementedError, match='heads of 300 channels'):
-        gpu.GpuAttention(attention._replace(probabilities=uniform(1, 0, 8)), 1, 300, None)
+    with pytest.raises(NoIntegerForm, match='two or more maxima'):
+        GpuAttention(attention, 1, 8, None)
+    with pytest.raises(NoIntegerForm, match='heads of 300 channels'):
+        GpuAttention(attention._replace(probabilities=uniform(1, 0, 8)), 1, 300, None)
 
 
 COMPILE = '''
 import json, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mmptq.runtime import gpu
+from mmptq.runtime.triton import attention, norm, product
 from tests.runtime.test_gpu import swin_launches
 
 TYPES = {torch.uint8: '*u8', torch.int8: '*i8', torch.int32: '*i32', torch.float32: '*fp32', int: 'i32', float: 'fp32'}
@@ -286,9 +297,9 @@ class Launched:
                              mma=sorted({line.split()[0].split('.sync')[0] + ' ' + line.split()[0].split('.', 3)[-1]
                                          for line in compiled.asm['ptx'].splitlines() if line.strip().startswith(('mma.', 'wgmma.mma'))})))
 
-for name in ('encode_normalized_kernel', 'multiply_kernel', 'attend_kernel'):
-    setattr(gpu, name, Launched(getattr(gpu, name)))
-gpu.GpuProduct._check = lambda *_: None
+for file, name in ((norm, 'encode_normalized_kernel'), (product, 'multiply_kernel'), (attention, 'attend_kernel')):
+    setattr(file, name, Launched(getattr(file, name)))
+product.GpuProduct._check = lambda *_: None
 swin_launches()
 print(json.dumps(made))
 '''
@@ -300,19 +311,19 @@ def swin_launches():
     spans = ((torch.tensor(128.0), torch.tensor(-128.0), torch.tensor(127.0)),) * 3
     for kind, window, size in (('uniform', (7, 3), (8, 9)), ('demax, half', (7, 0), (7, 7)), ('adalog', None, (25, 41)),
                                ('uniform', None, (25, 41))):
-        attention = kernels.Attention(spans, torch.tensor(1e-4), None if window is None else torch.zeros(heads, 49, 49), -1,
+        attention = Attention(spans, torch.tensor(1e-4), None if window is None else torch.zeros(heads, 49, 49), -1,
                                       probabilities_of(kind), torch.tensor(1e-3), (258, 258), None, uniform(0.1, 3, 8))
         steps = torch.zeros(size[0] * size[1] + 1, 3 * channels, dtype=torch.uint8)
-        gpu.GpuAttention(attention, heads, channels // heads, window)(steps, 1, size)
-    wide = kernels.Attention(spans, torch.tensor(1e-4), None, -1, probabilities_of('adalog'), torch.tensor(1e-3), (258, 258), None,
+        GpuAttention(attention, heads, channels // heads, window)(steps, 1, size)
+    wide = Attention(spans, torch.tensor(1e-4), None, -1, probabilities_of('adalog'), torch.tensor(1e-3), (258, 258), None,
                              uniform(0.1, 3, 8))
-    gpu.GpuAttention(wide, 2, 160, None)(torch.zeros(1026, 960, dtype=torch.uint8), 1, (25, 41))
+    GpuAttention(wide, 2, 160, None)(torch.zeros(1026, 960, dtype=torch.uint8), 1, (25, 41))
     rows, out = torch.zeros(64, channels), torch.zeros(65, channels, dtype=torch.uint8)
-    gpu.GpuNorm(nn.LayerNorm(channels), None, uniform(0.1, 3, 8))(rows, out)
+    GpuNorm(nn.LayerNorm(channels), None, uniform(0.1, 3, 8))(rows, out)
     for low, most, change in ((-128, 255, None), (0, 15, Change(torch.ones(4 * channels), torch.zeros(4 * channels)))):
-        wide = gpu.GpuProduct(integer(low, low + 256, 4 * channels, channels), 3, most)
+        wide = GpuProduct(integer(low, low + 256, 4 * channels, channels), 3, most)
         wide(out, wide.none, None, Steps(0.1, 3, most, change), True)
-        narrow = gpu.GpuProduct(integer(low, low + 256, channels, 4 * channels), 3, most)
+        narrow = GpuProduct(integer(low, low + 256, channels, 4 * channels), 3, most)
         narrow.add_to(rows, torch.zeros(64, 4 * channels, dtype=torch.uint8), narrow.none, None)
 
 
@@ -339,13 +350,13 @@ def test_a_kernel_that_fails_leaves_the_layer_or_block_as_it_was(triton, monkeyp
     monkeypatch.setattr(logging.getLogger('mmengine'), 'propagate', True)
     backbone = ready('mmdet swin')
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, 'attend_kernel', type('Broken', (), {'__getitem__': lambda *_: broken})())
+        patch.setattr(attention_file, 'attend_kernel', type('Broken', (), {'__getitem__': lambda *_: broken})())
         paths = to_integer(backbone)
-    assert not any(isinstance(module, gpu.GpuBlock) for module in backbone.modules())
+    assert not any(isinstance(module, GpuBlock) for module in backbone.modules())
     assert set(paths.values()) == {'int8, by Triton', 'integers, exact in float32'}
     assert 'a kernel of Triton failed: RuntimeError: out of shared memory' in caplog.text
     backbone = ready('mmdet swin')
     with monkeypatch.context() as patch:
-        patch.setattr(gpu, 'multiply_kernel', type('Broken', (), {'__getitem__': lambda *_: broken})())
+        patch.setattr(product_file, 'multiply_kernel', type('Broken', (), {'__getitem__': lambda *_: broken})())
         paths = to_integer(backbone)
     assert 'simulated: a kernel of Triton failed: RuntimeError: out of shared memory' in paths.values()

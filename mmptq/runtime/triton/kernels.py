@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import FARTHEST
-from .windows import APART
+from ..attention import FARTHEST
+from ..windows import APART
 
 UNIFORM, ADALOG, DEMAX = range(3)
 KEYS = 128
