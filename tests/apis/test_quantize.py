@@ -211,6 +211,39 @@ def killed(*_, **__):
     raise KeyboardInterrupt
 
 
+def test_single_layers_at_other_bits_and_in_float(upernet, tmp_path):
+    """In the report, the config, resumed from no file, packed, in integers, and loaded again by the same or no options."""
+    mixed = dict(keep_float=['backbone.patch_embed.*', '*.w_msa.qk'], layer_bits={'stages.3.*': (8, 6), 'backbone.stages.0.*': (3, 8, 5)})
+    settings = dict(cfg_options=FEW, float_eval=False)
+    summary = quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', work_dir=str(tmp_path), calib_images=2, pack=True, **settings,
+                       **mixed)
+    assert summary['recipe']['name'] == 'minmax_w4a4_mixed' and summary['bits'] == dict(weight=4, activation=4, softmax=4)
+    rows = {row['name'].removeprefix('backbone.'): row for row in summary['layers'] if row['name'].startswith('backbone.')}
+    kept = [name for name, row in rows.items() if row['reason'] == 'kept float by the recipe']
+    assert sorted(kept) == ['patch_embed.projection', *sorted(name for name in rows if name.endswith('.qk'))]
+    assert rows['patch_embed.projection']['bits'] is None and rows['stages.2.blocks.0.attn.w_msa.qk']['bits'] == dict(left=32, right=32)
+    assert rows['stages.0.blocks.0.attn.w_msa.pv']['bits'] == dict(left=5, right=8)
+    layers = {name: row['bits'] for name, row in rows.items() if row['bits'] and 'weight' in row['bits']}
+    expected = {'0': dict(input=8, weight=3), '3': dict(input=6, weight=8)}
+    assert all(bits == expected.get(name.split('.')[1], dict(input=4, weight=4)) for name, bits in layers.items())
+
+    runner, metrics = stock_test(Config.fromfile(tmp_path / 'quantized.py'), tmp_path / 'quantized.pth', tmp_path / 'stock')
+    assert {name: float(value) for name, value in metrics.items()} == summary['quantized']['metrics']
+    state, x = runner.model.state_dict(), torch.randn(1, 3, 75, 110)
+    runner.model.eval()
+    for model in (load_packed(tmp_path / 'quantized.safetensors'), load_packed(pack(upernet.config, str(tmp_path / 'quantized.pth')))):
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(a, b) for a, b in zip(model.backbone(x), runner.model.backbone(x), strict=True))
+    again = quantize(upernet.config, str(tmp_path / 'quantized.pth'), 'minmax_w4a4', work_dir=str(tmp_path / 'again'), **settings, **mixed)
+    assert again['layers'] == summary['layers'] and again['quantized']['metrics'] == summary['quantized']['metrics']
+    integers = quantize(upernet.config, str(tmp_path / 'quantized.safetensors'), work_dir=str(tmp_path / 'int'), backend='integer',
+                        **settings)
+    assert {row['path'] for row in integers['layers'] if row['reason'] == 'kept float by the recipe'} == {
+        'float', 'simulated: a product of Whole and Whole operands'}
+    with pytest.raises(QuantizationError, match='was quantized with recipe minmax_w4a4_mixed'):
+        quantize(upernet.config, str(tmp_path / 'quantized.pth'), 'minmax_w4a4', work_dir=str(tmp_path / 'other'), **settings)
+
+
 class OtherAttention(WindowMSA):
     def forward(self, x, mask=None):
         return super().forward(x, mask) @ torch.eye(x.shape[-1])

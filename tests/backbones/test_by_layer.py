@@ -13,6 +13,7 @@ from mmptq.apis import load_recipe
 from mmptq.backbones import Bits, Recipe
 from mmptq.backbones.by_layer import LayerEntry
 from mmptq.backbones.convert import layers_with_products
+from mmptq.backbones.presets import mixed_recipe
 from mmptq.calibration import operations
 from mmptq.layers import GeluShift, QuantLinear, Rescale
 from mmptq.quantizers import AdaLogQuantizer, Float, UniformQuantizer
@@ -313,6 +314,48 @@ def test_a_recipe_file_may_have_entries(tmp_path):
         f"recipe = {recipe!r}\nrecipe['layers'] = {{'stages.*': dict(float=True)}}\n"
     )
     assert load_recipe(str(path))['layers'] == [dict(pattern='stages.*', float=True)]
+
+
+# By option.
+
+
+def test_options_are_entries_and_the_name_says_so():
+    recipe = mixed_recipe(
+        load_recipe('adalog_w4a4'),
+        ['patch_embed.*'],
+        {'stages.0.*': (8, 6), 'stages.1.*': [8, 6, 4]},
+    )
+    assert recipe == {
+        **load_recipe('adalog_w4a4'),
+        'name': 'adalog_w4a4_mixed',
+        'layers': [
+            dict(pattern='stages.0.*', bits=dict(weight=8, activation=6, softmax=6)),
+            dict(pattern='stages.1.*', bits=dict(weight=8, activation=6, softmax=4)),
+            dict(pattern='patch_embed.*', float=True),
+        ],
+    }
+    more = mixed_recipe(recipe, ['stages.1.*'])
+    assert more['name'] == 'adalog_w4a4_mixed'
+    assert more['layers'] == [*recipe['layers'], dict(pattern='stages.1.*', float=True)]
+    assert mixed_recipe(recipe) == recipe
+    assert mixed_recipe(load_recipe('adalog_w4a4')) == load_recipe('adalog_w4a4')
+
+
+@pytest.mark.parametrize(
+    ('options', 'named'),
+    [
+        (dict(keep_float='patch_embed.*'), 'a list of patterns'),
+        (dict(keep_float=[5]), 'a pattern is to be text, not 5'),
+        (dict(layer_bits={'a': 8}), "'a'"),
+        (dict(layer_bits={'a': (8,)}), "'a'"),
+        (dict(layer_bits={'a': (8, 8, 8, 8)}), "'a'"),
+        (dict(layer_bits={'a': (8, 16)}), 'bits of activation'),
+        (dict(layer_bits={'a': '88'}), 'bits of weight'),
+    ],
+)
+def test_options_that_are_none(options, named):
+    with pytest.raises(QuantizationError, match=named):
+        mixed_recipe(load_recipe('adalog_w4a4'), **options)
 
 
 # What is refused at the door.
