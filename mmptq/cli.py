@@ -24,6 +24,18 @@ def key_value(text: str) -> str:
     return text
 
 
+def pattern_bits(text: str) -> tuple[str, tuple[int, ...]]:
+    """A pattern and bits of weights, activations and, optionally, attention probabilities: PATTERN=W,A or PATTERN=W,A,S."""
+    pattern, _, numbers = text.rpartition('=')
+    try:
+        bits = tuple(map(int, numbers.split(',')))
+    except ValueError:
+        bits = ()
+    if not pattern or len(bits) not in (2, 3):
+        raise argparse.ArgumentTypeError(f'{text!r} is not PATTERN=W,A or PATTERN=W,A,S')
+    return pattern, bits
+
+
 def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of mmdet's tools/test.py, and those of quantization."""
     parser.add_argument('config', help='config file of mmdet or mmsegmentation, or package::name')
@@ -46,6 +58,10 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--w-bits', type=int, help='with --method: bits of weights, 2 to 8 (default: 4)')
     group.add_argument('--a-bits', type=int, help='with --method: bits of activations, 2 to 8 (default: 4)')
     group.add_argument('--softmax-bits', type=int, help='with --method: bits of attention probabilities (default: those of activations)')
+    group.add_argument('--keep-float', nargs='+', default=[], metavar='PATTERN', help='layers and attention products (names in the model, '
+                       'such as backbone.patch_embed.*) that stay float')
+    group.add_argument('--layer-bits', nargs='+', default=[], type=pattern_bits, metavar='PATTERN=W,A', help='bits of single layers: of '
+                       'weights, activations and, as a third number, attention probabilities; the last pattern that matches counts')
     group.add_argument('--scope', choices=['backbone', 'model'], help='what is quantized (default: backbone, or as in a quantized '
                        'checkpoint; with --paper-protocol: model)')
     group.add_argument('--calib-images', type=int, help='number of calibration images (default: 32)')
@@ -80,7 +96,8 @@ def run_quantize(args: argparse.Namespace) -> None:
         cfg_options=args.cfg_options, launcher=args.launcher, calib_images=32 if args.calib_images is None else args.calib_images,
         calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, as_in_paper=args.paper_protocol, seed=args.seed,
         float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, pack=args.pack, backend=args.backend, out=args.out,
-        show=args.show, show_dir=args.show_dir, wait_time=args.wait_time, tta=args.tta)
+        show=args.show, show_dir=args.show_dir, wait_time=args.wait_time, tta=args.tta, keep_float=args.keep_float,
+        layer_bits=dict(args.layer_bits))
     if not is_main_process():
         return
     console = Console()

@@ -175,6 +175,13 @@ def fast(name='adalog_w4a4'):
     return raw
 
 
+def mixed(raw):
+    """A recipe with other bits in single layers, weights of 8 and of 4, inputs of 8, and with layers and products in float."""
+    layers = {'*.0.*': dict(bits=dict(weight=8)), '*.ffn.*': dict(bits=dict(activation=8)),
+              '*.ffn.layers.0.0': dict(bits=dict(weight=4)), '*.1.*.qk': dict(float=True), 'patch_embed.*': dict(float=True)}
+    return {**raw, 'layers': layers}
+
+
 def randomized(module, seed=0):
     """The module with noise on all parameters, so that biases, norms and position tables matter; in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)

@@ -269,6 +269,10 @@ CONTENT = {
         ('recipe', 'quantizers', 'query'), dict(type='subprocess.check_output', args=COMMAND)
     ),
     'a program as recipe': says(('recipe',), 'evil.py'),
+    'a pattern of stars': says(('recipe', 'layers'), {'*a' * 50: dict(float=True)}),
+    'patterns beyond number': says(
+        ('recipe', 'layers'), [dict(pattern=f'{n}*', float=False) for n in range(5000)]
+    ),
     'a program as method': says(('recipe', 'method', 'type'), 'evil'),
     'a type without name': says(('recipe', 'method', 'type'), ''),
     'a type of a dot': says(('recipe', 'quantizers', 'key', 'type'), '.a'),

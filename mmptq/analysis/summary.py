@@ -22,7 +22,7 @@ def layer_rows(model: nn.Module, skipped: Mapping[str, str], sqnr_db: Mapping[st
 
     Args:
         model: The model.
-        skipped: By layer: why it stays float.
+        skipped: By layer or product: why it stays float.
         sqnr_db: By quantized operation, see :class:`mmptq.calibration.BlockResult`.
     """
     rows = []
@@ -37,7 +37,7 @@ def layer_rows(model: nn.Module, skipped: Mapping[str, str], sqnr_db: Mapping[st
                              effective_bits={role: round(quantizer.effective_bits, 3) for role, quantizer in quantizers.items()},
                              quantizer={role: type(quantizer).__name__ for role, quantizer in quantizers.items()},
                              uniform={role: quantizer.uniform for role, quantizer in quantizers.items()},
-                             sqnr_db=sqnr_db.get(name), reason=None))
+                             sqnr_db=sqnr_db.get(name), reason=skipped.get(name)))
         else:
             rows.append(dict(name=name, kind=type(module).__name__, site=None, bits=None, effective_bits=None, quantizer=None, uniform=None,
                              sqnr_db=None, reason=skipped[name]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from ..backbones.presets import load_recipe, paper_protocol
+from ..backbones.presets import load_recipe, mixed_recipe, paper_protocol
 from ..checkpoints.about import how_made
 from ..checkpoints.packed import read_checkpoint
 from ..checkpoints.reading import is_calibrated, safe_loading
@@ -35,7 +35,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
              calib_images: int = 32, calib_cfg: str | None = None, calib_on_test: bool = False, as_in_paper: bool = False, seed: int = 0,
              float_eval: bool = True, evaluate: bool = True, resume: bool = False, pack: bool = False, backend: str = 'simulated',
              out: str | None = None, show: bool = False, show_dir: str | None = None, wait_time: float = 2,
-             tta: bool = False) -> dict[str, Any]:
+             tta: bool = False, keep_float: Sequence[str] = (), layer_bits: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
     """Quantizes a detector or segmentor after training, and says what that costs.
 
     Args:
@@ -64,6 +64,8 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         show_dir: Where painted predictions go.
         wait_time: Interval of ``show``, s.
         tta: Evaluate with test-time augmentation.
+        keep_float: Patterns (:class:`mmptq.backbones.by_layer.LayerEntry`) of layers and attention products that stay float.
+        layer_bits: By such a pattern: bits of weights, activations and, if they differ from these, attention probabilities.
 
     Returns:
         What ``summary.json`` holds.
@@ -80,6 +82,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         if calib_cfg is not None:
             raise QuantizationError('the paper protocol calibrates on evaluation images: --calib-cfg has no place in it')
         recipe_cfg, calib_images, calib_on_test = paper_protocol(recipe_cfg), PAPER_IMAGES, True
+    recipe_cfg = mixed_recipe(recipe_cfg, keep_float, layer_bits)
     if scope not in SCOPES:
         raise QuantizationError(f'unknown scope {scope!r}: it is one of {", ".join(SCOPES)}')
     if backend != 'simulated' and not evaluate:

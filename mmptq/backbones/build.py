@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import QuantizationError
 from ..quantizers import calibrated_parts
 from ..registry import MODELS
-from .convert import ConversionReport, convert, convert_layers, layers_with_products, leave_float
+from .convert import ConversionReport, check_fit, convert, convert_backbone, convert_layers, layers_with_products, leave_float
 from .presets import load_recipe
 from .recipe import Recipe
 from .spec import Site, find_spec
@@ -142,7 +142,8 @@ def QuantModel(model: dict[str, Any], recipe: str | dict[str, Any], idle: Sequen
     Args:
         model: The config of the float model.
         recipe: See :func:`mmptq.backbones.presets.load_recipe`.
-        idle: Layers that received nothing in calibration, and so stay float.
+        idle: Layers that received nothing in calibration, and so stay float: of configs that an earlier version wrote; the present one
+            writes them into the recipe's ``layers``.
 
     Returns:
         The model itself, float until calibrated, with a :class:`ConversionReport` as its attribute ``quantization``.
@@ -156,12 +157,13 @@ def QuantModel(model: dict[str, Any], recipe: str | dict[str, Any], idle: Sequen
     watch_loading(built)
     if not isinstance(getattr(built, 'backbone', None), nn.Module):
         raise QuantizationError(f'{type(built).__name__} has no backbone')
-    backbone = convert(built.backbone, find_spec(built.backbone), checked)
+    backbone = convert_backbone(built.backbone, find_spec(built.backbone), checked)
     outside = {name: layer for name, layer in layers_with_products(built).items() if not name.startswith('backbone.')}
     sites: dict[str, Site | None] = {name: 'linear' if isinstance(layer, nn.Linear) else 'conv' for name, layer in outside.items()
                                      if not name.startswith(TRAINING_ONLY)}
-    skipped = {f'backbone.{name}': reason for name, reason in backbone.skipped.items()} | convert_layers(built, sites, checked)
+    skipped = {f'backbone.{name}': reason for name, reason in backbone.items()} | convert_layers(built, sites, checked)
     skipped |= {name: 'runs in training only' for name in outside if name not in sites}
+    check_fit(built, checked)
     built.quantization = ConversionReport(checked, 'model', skipped)
     leave_float(built, built.quantization, idle)
     return built

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import QuantizationError
-from ..layers import QuantConv2d, QuantLinear, QuantOp, SelfAttention, extend_attention
+from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp, SelfAttention, extend_attention
+from ..quantizers import Float, calibrated_parts
+from .by_layer import PREFIX, require_matches
 from .recipe import Recipe
 from .spec import BackboneSpec, Site, matches
 
@@ -19,15 +21,18 @@ _PLAIN = {'torch.nn.modules.linear.Linear', 'torch.nn.modules.linear.NonDynamica
 IDLE = 'received nothing in calibration'
 """Why a layer is float that could have been quantized."""
 
+KEPT = 'kept float by the recipe'
+"""Why a layer or product is float that a recipe's ``layers`` name."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class ConversionReport:
     """What a conversion did.
 
     Attributes:
-        recipe: The recipe.
+        recipe: The recipe. :func:`leave_float` adds to its ``layers``.
         scope: ``backbone`` or ``model``.
-        skipped: Layers of the converted module that stay float, with the reason. :func:`leave_float` adds to it.
+        skipped: Layers and products of the converted module that stay float, with the reason. :func:`leave_float` adds to it.
     """
 
     recipe: Recipe
@@ -46,12 +51,38 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
     """Replaces the layers and attention products that a spec names by quantized operations; all are float until calibrated.
 
     Raises:
-        QuantizationError: If the backbone has none of the spec's blocks or attentions.
+        QuantizationError: If the backbone has none of the spec's blocks or attentions, or an entry of the recipe's ``layers`` matches
+            nothing in it.
+    """
+    report = ConversionReport(recipe, 'backbone', convert_backbone(backbone, spec, recipe))
+    check_fit(backbone, recipe, PREFIX)
+    return report
+
+
+def check_fit(module: nn.Module, recipe: Recipe, prefix: str = '') -> None:
+    """Whether a recipe's ``layers`` fit a converted module, whose name in the whole model is a prefix.
+
+    Raises:
+        QuantizationError: If an entry matches nothing, with names that are near; or if they leave nothing to be quantized.
+    """
+    products = [name for name, child in module.named_modules() if isinstance(child, QuantMatMul)]
+    names = [f'{prefix}{name}' for name in (*layers_with_products(module), *products)]
+    require_matches(recipe.layers, names, type(module).__name__)
+    if recipe.layers and not calibrated_parts(module):
+        raise QuantizationError(f'recipe {recipe.name} leaves all layers of {type(module).__name__} float: there is nothing to quantize')
+
+
+def convert_backbone(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> dict[str, str]:
+    """:func:`convert`, without looking for entries of ``layers`` that match nothing.
+
+    Returns:
+        The layers and products that stay float, with the reason.
     """
     spec.block_names(backbone)
     attentions = [name for name, _ in backbone.named_modules() if matches(name, spec.attentions)]
     if not attentions:
         raise QuantizationError(f'{type(backbone).__name__} has no attention named like {", ".join(spec.attentions)}')
+    skipped: dict[str, str] = {}
     for name in attentions:
         attention = backbone.get_submodule(name)
         if isinstance(attention, nn.MultiheadAttention):
@@ -61,19 +92,27 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
         qk, pv = extend_attention(attention)
         heads = getattr(attention, 'num_heads', None)
         heads = heads if isinstance(heads, int) else None
-        recipe.equip(qk, {'left': 'query', 'right': 'key'}, heads)
-        recipe.equip(pv, {'left': 'post_softmax', 'right': 'value'}, heads)
-    skipped = convert_layers(backbone, {name: spec.site(name) for name in layers_with_products(backbone)}, recipe)
-    return ConversionReport(recipe, 'backbone', skipped)
+        for own, product, sites in (
+            (f'{name}.qk', qk, {'left': 'query', 'right': 'key'}),
+            (f'{name}.pv', pv, {'left': 'post_softmax', 'right': 'value'}),
+        ):
+            layer = recipe.for_layer(PREFIX + own)
+            if layer is None:
+                product.set_quantizers(sites, {role: Float() for role in sites}, heads)
+                skipped[own] = KEPT
+            else:
+                layer.equip(product, sites, heads)
+    return skipped | convert_layers(backbone, {name: spec.site(name) for name in layers_with_products(backbone)}, recipe, PREFIX)
 
 
-def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Recipe) -> dict[str, str]:
-    """Replaces Linear and Conv2d layers by quantized ones.
+def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Recipe, prefix: str = '') -> dict[str, str]:
+    """Replaces Linear and Conv2d layers by quantized ones. For a layer under several names its first one counts.
 
     Args:
         module: Where the layers are.
         sites: By layer: the site of its input, or None to leave it float.
         recipe: Gives the quantizers.
+        prefix: What their names begin with in the whole model.
 
     Returns:
         The layers that stay float, with the reason.
@@ -89,18 +128,27 @@ def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Rec
         if cls not in _PLAIN:
             skipped[name] = f'{type(layer).__name__} has no quantized form'
             continue
+        own = recipe.for_layer(prefix + name)
+        if own is None:
+            skipped[name] = KEPT
+            continue
         if isinstance(layer, nn.Linear):
             op = QuantLinear.from_float(layer)
         else:
             assert isinstance(layer, nn.Conv2d)
             op = QuantConv2d.from_float(layer)
-        recipe.equip(op, {'input': site, 'weight': 'weight'})
+        own.equip(op, {'input': site, 'weight': 'weight'})
         replace_modules(module, {layer: op})
     return skipped
 
 
 def leave_float(model: nn.Module, report: ConversionReport, names: Iterable[str]) -> None:
-    """Puts float layers in the place of quantized ones that received nothing in calibration, and says so in the report.
+    """Puts float layers in the place of quantized ones that received nothing in calibration, and says so in the report and its recipe.
+
+    Args:
+        model: The whole model.
+        report: Of its conversion.
+        names: Of the layers.
 
     Raises:
         QuantizationError: If one is no quantized layer of the model, naming it.
@@ -112,6 +160,7 @@ def leave_float(model: nn.Module, report: ConversionReport, names: Iterable[str]
             raise QuantizationError(f'{name} is to stay float, but is no layer of the model that could be quantized')
         replace_modules(model, {op: op.to_float()})
         report.skipped[name] = IDLE
+        report.recipe = report.recipe.leaving_float([name])
 
 
 def _multiplies(module: nn.Module) -> bool:

@@ -2,13 +2,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
 from ..errors import QuantizationError
+from .by_layer import KINDS
 from .recipe import Recipe
 
 RECIPES = Path(__file__).parents[1] / '.mim' / 'configs' / '_base_' / 'recipes'
@@ -79,6 +80,40 @@ def paper_protocol(recipe: Mapping[str, Any]) -> dict[str, Any]:
     quantizers['post_gelu'].pop('rescale', None)
     quantizers['conv']['bits'] = 8
     return Recipe.from_dict({**recipe, 'name': f'{recipe["name"]}_paper', 'quantizers': quantizers}).to_dict()
+
+
+def mixed_recipe(
+    recipe: Mapping[str, Any],
+    keep_float: Sequence[str] = (),
+    layer_bits: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """A recipe with further entries in its ``layers``; its name then ends in ``_mixed``.
+
+    Args:
+        recipe: The recipe.
+        keep_float: Patterns of layers and products that stay float.
+        layer_bits: By pattern: bits of weights, activations and, optionally, attention probabilities.
+
+    Raises:
+        QuantizationError: If a pattern or number of bits is none.
+    """
+    if isinstance(keep_float, str):
+        raise QuantizationError(f'keep_float is a list of patterns, not the text {keep_float!r}')
+    entries: list[dict[str, Any]] = []
+    for pattern, numbers in (layer_bits or {}).items():
+        if not isinstance(numbers, Sequence) or len(numbers) not in (2, 3):
+            raise QuantizationError(
+                f'layer_bits of {pattern!r} are those of weights, activations and, optionally, '
+                f'attention probabilities, not {numbers!r}'
+            )
+        entries.append(dict(pattern=pattern, bits=dict(zip(KINDS, numbers, strict=False))))
+    entries += [dict(pattern=pattern, float=True) for pattern in keep_float]
+    whole = Recipe.from_dict(recipe).to_dict()
+    if not entries:
+        return whole
+    name = f'{whole["name"].removesuffix("_mixed")}_mixed'
+    layers = [*whole.get('layers', []), *entries]
+    return Recipe.from_dict({**whole, 'name': name, 'layers': layers}).to_dict()
 
 
 def _read(path: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mmengine.registry import Registry
@@ -13,6 +13,7 @@ from ..layers import RESCALES, QuantLinear, QuantOp
 from ..methods import Method
 from ..quantizers import Quantizer
 from ..registry import METHODS, QUANTIZERS, registered
+from .by_layer import LayerEntry, read_entries
 from .spec import SITES
 
 GRANULARITIES: dict[str, tuple[str, ...]] = {
@@ -43,7 +44,13 @@ class Bits:
 
     def at(self, site: str) -> int:
         """The bits of a site."""
-        return self.weight if site == 'weight' else self.softmax if site == 'post_softmax' else self.activation
+        number: int = getattr(self, bits_kind(site))
+        return number
+
+
+def bits_kind(site: str) -> str:
+    """Which of the numbers of bits is that of a site."""
+    return {'weight': 'weight', 'post_softmax': 'softmax'}.get(site, 'activation')
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,15 @@ class Recipe:
         quantizers: By site: ``type`` and options of a quantizer; ``per_channel`` or ``per_head`` sets its granularity,
             ``rescale`` how the input is rescaled before it (:mod:`mmptq.layers.rescale`).
         method: ``type`` and options of the method.
+        layers: What differs at single layers and attention products. Of the entries that match a name the last one wins: for each kind
+            of bits, for each site, and for whether it stays float.
     """
 
     name: str
     bits: Bits
     quantizers: dict[str, dict[str, Any]]
     method: dict[str, Any]
+    layers: tuple[LayerEntry, ...] = ()
 
     @classmethod
     def from_dict(cls, recipe: Mapping[str, Any]) -> Recipe:
@@ -75,10 +85,10 @@ class Recipe:
             raise QuantizationError(f'recipe: name is to be text, not {recipe["name"]!r}')
         if not NAME.fullmatch(recipe.get('name', 'unnamed')):
             raise QuantizationError(f'recipe: name is part of a folder: letters, digits and _ . + - only, not {recipe["name"]!r}')
-        unknown = set(recipe) - {'name', 'bits', 'quantizers', 'method'}
+        unknown = set(recipe) - {'name', 'bits', 'quantizers', 'method', 'layers'}
         missing = {'bits', 'quantizers', 'method'} - set(recipe)
         if unknown or missing:
-            raise QuantizationError(f'a recipe has the keys name, bits, quantizers and method; unknown: {sorted(unknown)}, '
+            raise QuantizationError(f'a recipe has the keys name, bits, quantizers, method and layers; unknown: {sorted(unknown)}, '
                                     f'missing: {sorted(missing)}')
         for what in ('bits', 'quantizers', 'method'):
             _require_dict(recipe[what], what)
@@ -92,19 +102,67 @@ class Recipe:
         if not {'weight', 'activation'} <= set(bits) <= {'weight', 'activation', 'softmax'}:
             raise QuantizationError(f'bits has the keys weight, activation and, optionally, softmax, not {sorted(bits)}')
         bits.setdefault('softmax', bits['activation'])
-        result = cls(recipe.get('name', 'unnamed'), Bits(**bits), quantizers, dict(recipe['method']))
+        layers = read_entries(recipe.get('layers', {}))
+        result = cls(recipe.get('name', 'unnamed'), Bits(**bits), quantizers, dict(recipe['method']), layers)
         for site in SITES:
             result.build_quantizer(site, -2)
         for what, number in bits.items():  # those of a site that has its own were not looked at
             if type(number) is not int or not 2 <= number <= 8:
                 raise QuantizationError(f'recipe: bits of {what} must be an integer from 2 to 8, not {number!r}')
-        if not result.build_method().rescales and any(options.get('rescale') for options in quantizers.values()):
-            raise QuantizationError(f'recipe: method {result.method["type"]} does not rescale: drop the option rescale of its quantizers')
+        result._check_rescales()
+        result._check_layers()
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as a config has it."""
-        return asdict(self)
+        """The recipe as a config has it; ``layers``, if there are any, as a list."""
+        recipe = asdict(replace(self, layers=()))
+        del recipe['layers']
+        return {**recipe, 'layers': [entry.to_dict() for entry in self.layers]} if self.layers else recipe
+
+    def for_layer(self, name: str) -> Recipe | None:
+        """The recipe of one layer or attention product, by its name in the whole model; None if that stays float."""
+        entries = [entry for entry in self.layers if entry.matches(name)]
+        flags = [entry.keep_float for entry in entries if entry.keep_float is not None]
+        return None if flags and flags[-1] else self._changed_by(entries)
+
+    def leaving_float(self, names: Iterable[str]) -> Recipe:
+        """The recipe with further layers that stay float, by their names."""
+        entries = [LayerEntry.from_dict(name, {'float': True}) for name in names]
+        return replace(self, layers=(*self.layers, *entries))
+
+    def bits_of_weights(self) -> set[int]:
+        """All numbers of bits that weights may have, in one layer or another."""
+        recipes = [self, *(self._changed_by([entry]) for entry in self.layers)]
+        return {recipe.build_quantizer('weight', None).bits for recipe in recipes}
+
+    def _changed_by(self, entries: Sequence[LayerEntry]) -> Recipe:
+        bits, changes = {}, {}
+        for entry in entries:
+            bits.update(entry.bits)
+            changes.update(entry.quantizers)
+        quantizers = {}
+        for site, options in self.quantizers.items():
+            if bits_kind(site) in bits:  # the layer was named, and the site was not
+                options = {key: value for key, value in options.items() if key != 'bits'}
+            change = changes.get(site, {})
+            another = change.get('type', options.get('type')) != options.get('type')
+            quantizers[site] = dict(change) if another else {**options, **change}
+        return replace(self, bits=replace(self.bits, **bits), quantizers=quantizers, layers=())
+
+    def _check_layers(self) -> None:
+        for entry in self.layers:
+            try:
+                changed = self._changed_by([entry])
+                for site in SITES:
+                    changed.build_quantizer(site, -2)
+                changed._check_rescales()
+            except QuantizationError as error:
+                reason = str(error).removeprefix('recipe: ')
+                raise QuantizationError(f'recipe: layers: {entry.pattern!r}: {reason}') from None
+
+    def _check_rescales(self) -> None:
+        if not self.build_method().rescales and any(options.get('rescale') for options in self.quantizers.values()):
+            raise QuantizationError(f'recipe: method {self.method["type"]} does not rescale: drop the option rescale of its quantizers')
 
     def build_quantizer(self, site: str, weight_axis: int | None) -> Quantizer:
         """A quantizer for a site; ``weight_axis`` is the axis of output channels where the tensor is a weight."""

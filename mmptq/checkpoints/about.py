@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from ..backbones import Recipe
+from ..backbones.convert import IDLE
 from ..errors import QuantizationError, printable
 from .plain import plain, plain_parts
 
@@ -106,7 +107,7 @@ def checked_about(about: Any, source: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = plain(about, 'what it says of itself')
         found = About.model_validate(content)
-        recipe = Recipe.from_dict(content['recipe'])
+        recipe = whole_recipe(found)
     except ValidationError as error:
         raise QuantizationError(
             f'{source} does not say how it was quantized, or was written by another version of mmptq: '
@@ -120,7 +121,15 @@ def checked_about(about: Any, source: str) -> dict[str, Any]:
             f'{source} contradicts itself: it says {found.method}, bits {bits}, and its recipe says '
             f'{recipe.method["type"]}, bits {recipe.to_dict()["bits"]}'
         )
-    return content
+    return {**content, 'recipe': recipe.to_dict()}
+
+
+def whole_recipe(about: About) -> Recipe:
+    """The recipe of a file, with the layers that calibration left float: version 0.1.0 did not write
+    these into its recipe, but only as rows with their reason."""
+    recipe = Recipe.from_dict(about.recipe)
+    idle = [row.name for row in about.layers if row.reason == IDLE]
+    return recipe if recipe.layers else recipe.leaving_float(idle)
 
 
 def how_made(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any] | None:

@@ -93,13 +93,18 @@ def _checked(metadata: Mapping[str, str]) -> dict[str, Any]:
     for key, kind in CONTENT.items():
         if not isinstance(content.get(key), kind):
             raise QuantizationError(f'its metadata has no {kind.__name__} {key}')
-    bits = Recipe.from_dict(content['mmptq'].get('recipe') or {}).build_quantizer('weight', None).bits
+    bits = Recipe.from_dict(content['mmptq'].get('recipe') or {}).bits_of_weights()
     for name, layout in content['weights'].items():
-        if not isinstance(layout, dict) or layout.get('bits') != bits or not _is_shape(layout.get('shape')):
-            raise QuantizationError(f'{name} is to have {bits} bits, as the recipe says, and a shape, not {layout}')
+        if not isinstance(layout, dict) or not _is_one_of(layout.get('bits'), bits) or not _is_shape(layout.get('shape')):
+            possible = ' or '.join(map(str, sorted(bits)))
+            raise QuantizationError(f'{name} is to have {possible} bits, as the recipe says, and a shape, not {layout}')
     if not all(isinstance(name, str) for name in content['adalog']):
         raise QuantizationError('its list of AdaLog quantizers holds something else than names')
     return content
+
+
+def _is_one_of(bits: Any, possible: set[int]) -> bool:
+    return type(bits) is int and bits in possible
 
 
 def _is_shape(value: Any) -> bool:

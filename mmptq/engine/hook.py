@@ -16,9 +16,9 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from ..analysis.summary import layer_rows, model_size
-from ..backbones import ConversionReport
+from ..backbones import ConversionReport, Recipe
 from ..backbones.build import refuse_other
-from ..backbones.convert import IDLE, layers_with_products, leave_float
+from ..backbones.convert import layers_with_products, leave_float
 from ..calibration import check_weights
 from ..checkpoints.about import dataset_meta, how_made
 from ..checkpoints.packed import packed_model, write_packed
@@ -175,17 +175,18 @@ class PTQHook(Hook):
 
     def _summary_of(self, model: Any, made: Mapping[str, Any]) -> dict[str, Any]:
         """What the file says of its calibration; layers and sizes are those of the model itself."""
-        report = quantization(model)
+        skipped = skipped_layers(model, quantization(model))
+        skipped |= {row['name']: row['reason'] for row in made['layers'] if row['reason'] and row['name'] in skipped}
         sqnr = {row['name']: row['sqnr_db'] for row in made['layers']}
         return {**made, 'float': self.float_result or made['float'], 'quantized': None, 'size': model_size(model),
-                'layers': layer_rows(model, skipped_layers(model, report), sqnr)}
+                'layers': layer_rows(model, skipped, sqnr)}
 
     def _save(self, runner: Runner, model: Any) -> None:
         work_dir = Path(runner.work_dir)
         meta = {key: value for key, value in (('dataset_meta', self._loaded.get('dataset_meta')),) if value}
         state = {key: value.cpu() for key, value in model.state_dict().items()}
         save_atomically({'meta': {**meta, 'mmptq': self._about()}, 'state_dict': state}, work_dir / 'quantized.pth')
-        config = portable_config(self.config or runner.cfg, idle_layers(self.summary))
+        config = portable_config(self.config or runner.cfg, self.summary['recipe'])
         write_text_atomically(config.pretty_text, work_dir / 'quantized.py')
         runner.logger.info(f'wrote {work_dir / "quantized.pth"} and {work_dir / "quantized.py"}')
 
@@ -205,19 +206,16 @@ class PTQHook(Hook):
             write_text_atomically(json.dumps(self.summary, indent=2) + '\n', Path(runner.work_dir) / 'summary.json')
 
 
-def idle_layers(made: Mapping[str, Any]) -> list[str]:
-    """The layers that received nothing in a calibration, by its summary."""
-    return [row['name'] for row in made.get('layers', []) if row['reason'] == IDLE]
-
-
-def portable_config(cfg: Config, idle: list[str]) -> Config:
-    """A config with the layers that stay float, and without what belongs to one run: where it wrote, what it loaded, how it evaluated."""
+def portable_config(cfg: Config, recipe: Mapping[str, Any]) -> Config:
+    """A config with the recipe that the model has in the end, and without what belongs to one run: where it wrote, what it loaded, how it
+    evaluated."""
     cfg = deepcopy(cfg)
-    if idle:
-        model = cfg.model
-        while model.type != 'mmptq.QuantModel':  # test-time augmentation
-            model = model.module
-        model.idle = idle
+    if 'layers' in recipe:  # calibration may have left some float
+        part = cfg.model
+        while 'recipe' not in part:  # test-time augmentation, or a model whose backbone is quantized
+            part = part.module if 'module' in part else part.backbone
+        part.recipe = recipe
+        part.pop('idle', None)
     for key in ('work_dir', 'load_from'):
         cfg.pop(key, None)
     for hook in cfg.custom_hooks:
@@ -254,11 +252,8 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
     report = quantization(model)
     made = how_made(checkpoint, source)
     if made:
+        leave_same_float(model, report, made, source)
         refuse_other(report, made, source)
-    try:
-        leave_float(model, report, [name for name in idle_layers(made or {}) if name not in report.skipped])
-    except QuantizationError as error:
-        raise QuantizationError(f'{source}: {error}') from None
     surplus = load_checked(model, checkpoint.get('state_dict', checkpoint), source)
     try:
         check_weights(model)
@@ -269,6 +264,23 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
     if made and not is_calibrated(model):
         raise QuantizationError(f'{source} says that it was quantized, but has no parameters of quantizers')
     return surplus
+
+
+def leave_same_float(model: Any, report: ConversionReport, made: Mapping[str, Any], source: str) -> None:
+    """Leaves those layers of a whole model float that the calibration of a file left so, where its recipe is else the model's.
+
+    Raises:
+        QuantizationError: If one is no quantized layer of the model.
+    """
+    own, other = report.recipe, Recipe.from_dict(made['recipe'])
+    further = other.layers[len(own.layers):]
+    names = [entry.pattern for entry in further if not entry.pattern.startswith('backbone.')]  # calibration leaves no other ones
+    if report.scope != 'model' or not names or other != own.leaving_float(names):
+        return
+    try:
+        leave_float(model, report, names)
+    except QuantizationError as error:
+        raise QuantizationError(f'{source}: {error}') from None
 
 
 def log_images(runner: Runner, images: CalibrationSet, wanted: int) -> None:

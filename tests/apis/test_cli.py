@@ -44,6 +44,10 @@ def is_one_line(error, *parts):
     (['--softmax-bits', '4'], ['--method']),
     (['--w-bits', '4'], ['--method']),
     (['--method', 'minmax', '--recipe', 'minmax_w4a4'], ['not both']),
+    (['--keep-float', 'backbone.patch_embed'], ["'backbone.patch_embed'", 'matches no layer', 'backbone.patch_embed.projection']),
+    (['--keep-float', '*'], ['leaves all layers', 'float']),
+    (['--layer-bits', 'backbone.stages.*=9,4'], ["'backbone.stages.*'", 'bits of weight', '9']),
+    (['--layer-bits', 'stages.4.*=8,8'], ["'stages.4.*'", 'matches no layer', 'stages.']),
     (['--recipe', 'adalog_w4a4', '--paper-protocol'], ['--paper-protocol', 'drop --calib-images']),
     (['--calib-images', '0'], ['empty']),
     (['--calib-images', '-3'], ['empty']),
@@ -54,6 +58,13 @@ def test_wrong_arguments_end_at_once(run, args, parts, tmp_path):
     code, error = run(*args)
     assert code == 2 and is_one_line(error, *parts)
     assert not list(tmp_path.rglob('quantized.*')) and not list(tmp_path.rglob('summary.json'))
+
+
+@pytest.mark.parametrize('text', ['backbone.*', '=8,8', 'a=', 'a=8', 'a=8,8,8,8', 'a=w,a', 'a=8;8'])
+def test_bits_of_layers_that_are_not_written_so(run, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run('--layer-bits', text)
+    assert stop.value.code == 2 and f'{text!r} is not PATTERN=W,A or PATTERN=W,A,S' in capsys.readouterr().err
 
 
 def test_wrong_files_are_named(run, upernet, tmp_path):

@@ -13,6 +13,7 @@ from mmptq import QuantizationError
 from mmptq.apis import load_packed, load_recipe, pack, quantize
 from mmptq.apis.quantize import quantized_config
 from mmptq.checkpoints.reading import load_file, safe_loading
+from mmptq.layers import QuantOp
 from mmptq.quantizers import Quantizer
 
 from ..conftest import fast
@@ -163,10 +164,13 @@ def test_layers_that_receive_nothing_stay_float_and_are_listed(mask_rcnn, tmp_pa
     for log in tmp_path.rglob('*.log'):
         assert f'{", ".join(idle)} received nothing in 2 calibration images and will stay float' in log.read_text()
     cfg = Config.fromfile(tmp_path / 'quantized.py')
-    assert cfg.model.idle == idle
+    entries = [dict(pattern=name, float=True) for name in idle]
+    assert cfg.model.recipe.to_dict()['layers'] == summary['recipe']['layers'] == entries and 'idle' not in cfg.model
+    assert summary['recipe']['name'] == 'minmax_w8a8'
     cfg.merge_from_dict({'model.model.test_cfg.rcnn.score_thr': 0.05})
     runner, metrics = stock_test(cfg.copy(), tmp_path / 'quantized.pth', tmp_path / 'again')
-    assert all(type(runner.model.get_submodule(name)) is torch.nn.Conv2d for name in idle)
+    left = [runner.model.get_submodule(name) for name in idle]
+    assert all(isinstance(layer, torch.nn.Conv2d) and not isinstance(layer, QuantOp) for layer in left)
     assert metrics['coco/segm_mAP'] > 0.04  # all 100 images are counted
     again = quantize(mask_rcnn.config, str(tmp_path / 'quantized.pth'), work_dir=str(tmp_path / 'given'), cfg_options=FEW, **settings)
     assert again['quantized']['metrics'] == {name: float(value) for name, value in metrics.items()}
@@ -176,11 +180,69 @@ def test_layers_that_receive_nothing_stay_float_and_are_listed(mask_rcnn, tmp_pa
         assert found.keys() == state.keys() and all(torch.equal(found[f'{name}.weight'], state[f'{name}.weight']) for name in idle)
     MODELS.build(cfg.model).load_state_dict(state, strict=True)  # as where there is no hook
     with pytest.raises(QuantizationError, match='lacks parameters of quantizers'):
-        MODELS.build(dict(cfg.model, idle=[])).load_state_dict(state)
+        MODELS.build(dict(cfg.model, recipe='minmax_w8a8')).load_state_dict(state)
+    assert [row['reason'] for row in again['layers'] if row['name'] in idle] == ['received nothing in calibration'] * 3
+    named = quantize(mask_rcnn.config, str(tmp_path / 'quantized.pth'), 'minmax_w8a8', work_dir=str(tmp_path / 'named'), cfg_options=FEW,
+                     **settings)
+    assert named['layers'] == again['layers'] and named['recipe'] == again['recipe'] == summary['recipe']
+    check_files_of_version_0_1_0(mask_rcnn, tmp_path, cfg, idle, again)
+
+
+def check_files_of_version_0_1_0(task, work_dir, cfg, idle, expected):
+    """Files whose recipes do not say which layers stay float load as before: the config had a list, the checkpoint rows with a reason."""
+    settings = dict(scope='model', calib_images=2, float_eval=False, cfg_options=FEW)
+    old = torch.load(work_dir / 'quantized.pth', weights_only=True)
+    del old['meta']['mmptq']['recipe']['layers']
+    path = work_dir / 'old.pth'
+    torch.save(old, path)
+    cfg = cfg.copy()
+    del cfg.model.recipe['layers']
+    cfg.model.idle = idle
+    cfg.dump(work_dir / 'old.py')
+    _, metrics = stock_test(Config.fromfile(work_dir / 'old.py'), path, work_dir / 'stock')
+    assert expected['quantized']['metrics'] == {name: float(value) for name, value in metrics.items()}
+    for recipe in (None, 'minmax_w8a8'):
+        found = quantize(task.config, str(path), recipe, work_dir=str(work_dir / 'old'), **settings)
+        assert found['quantized']['metrics'] == expected['quantized']['metrics'] and found['layers'] == expected['layers']
+    load_packed(pack(str(work_dir / 'old.py'), str(path)))
 
 
 def killed(*_, **__):
     raise KeyboardInterrupt
+
+
+def test_single_layers_at_other_bits_and_in_float(upernet, tmp_path, monkeypatch):
+    """In the report, the config, resumed from no file, packed, in integers, and loaded again by the same or no options."""
+    monkeypatch.setattr('mmptq.runtime.kernels.has_compiler', lambda: False)  # it takes seconds for each width
+    mixed = dict(keep_float=['backbone.patch_embed.*', '*.w_msa.qk'], layer_bits={'stages.3.*': (8, 6), 'backbone.stages.0.*': (3, 8, 5)})
+    settings = dict(cfg_options=FEW, float_eval=False)
+    summary = quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', work_dir=str(tmp_path), calib_images=2, pack=True, **settings,
+                       **mixed)
+    assert summary['recipe']['name'] == 'minmax_w4a4_mixed' and summary['bits'] == dict(weight=4, activation=4, softmax=4)
+    rows = {row['name'].removeprefix('backbone.'): row for row in summary['layers'] if row['name'].startswith('backbone.')}
+    kept = [name for name, row in rows.items() if row['reason'] == 'kept float by the recipe']
+    assert sorted(kept) == ['patch_embed.projection', *sorted(name for name in rows if name.endswith('.qk'))]
+    assert rows['patch_embed.projection']['bits'] is None and rows['stages.2.blocks.0.attn.w_msa.qk']['bits'] == dict(left=32, right=32)
+    assert rows['stages.0.blocks.0.attn.w_msa.pv']['bits'] == dict(left=5, right=8)
+    layers = {name: row['bits'] for name, row in rows.items() if row['bits'] and 'weight' in row['bits']}
+    expected = {'0': dict(input=8, weight=3), '3': dict(input=6, weight=8)}
+    assert all(bits == expected.get(name.split('.')[1], dict(input=4, weight=4)) for name, bits in layers.items())
+
+    runner, metrics = stock_test(Config.fromfile(tmp_path / 'quantized.py'), tmp_path / 'quantized.pth', tmp_path / 'stock')
+    assert {name: float(value) for name, value in metrics.items()} == summary['quantized']['metrics']
+    state, x = runner.model.state_dict(), torch.randn(1, 3, 75, 110)
+    runner.model.eval()
+    for model in (load_packed(tmp_path / 'quantized.safetensors'), load_packed(pack(upernet.config, str(tmp_path / 'quantized.pth')))):
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(a, b) for a, b in zip(model.backbone(x), runner.model.backbone(x), strict=True))
+    again = quantize(upernet.config, str(tmp_path / 'quantized.pth'), 'minmax_w4a4', work_dir=str(tmp_path / 'again'), **settings, **mixed)
+    assert again['layers'] == summary['layers'] and again['quantized']['metrics'] == summary['quantized']['metrics']
+    integers = quantize(upernet.config, str(tmp_path / 'quantized.safetensors'), work_dir=str(tmp_path / 'int'), backend='integer',
+                        **settings)
+    assert {row['path'] for row in integers['layers'] if row['reason'] == 'kept float by the recipe'} == {
+        'float', 'simulated: a product of Whole and Whole operands'}
+    with pytest.raises(QuantizationError, match='was quantized with recipe minmax_w4a4_mixed'):
+        quantize(upernet.config, str(tmp_path / 'quantized.pth'), 'minmax_w4a4', work_dir=str(tmp_path / 'other'), **settings)
 
 
 class OtherAttention(WindowMSA):

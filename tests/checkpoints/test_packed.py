@@ -20,7 +20,7 @@ from mmptq.calibration import Call, calibrate, operations
 from mmptq.checkpoints.packed import _from_json, packed_model, read_packed, write_packed
 from mmptq.checkpoints.trusted import trusted_model
 
-from ..conftest import SWIN, about, build_in, fast, image, randomized
+from ..conftest import SWIN, about, build_in, fast, image, mixed, randomized
 from ..test_all_models import DETECTORS, SEGMENTORS, config_of
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +82,26 @@ def test_the_users_own_config_does_as_well_quantized_or_not(packed):
     for own in (cfg, Config(dict(model=MODEL, default_scope='mmseg'))):
         x = image(64, 64, seed=4)
         assert all(torch.equal(a, b) for a, b in zip(load_packed(path, own).backbone(x), model.backbone(x), strict=True))
+
+
+@torch.no_grad()
+def test_a_file_of_a_recipe_by_layer(tmp_path):
+    torch.manual_seed(0)
+    recipe = load_recipe(mixed(load_recipe('minmax_w4a4')))
+    cfg = quantized_config(Config(dict(model=MODEL, default_scope='mmseg')), recipe, 'backbone')
+    model = randomized(build_in('mmseg', cfg.model))
+    backbone, path = model.backbone, tmp_path / 'a.safetensors'
+    calibrate(backbone, find_spec(backbone).block_names(backbone), [Call((image(64, 64),))], backbone.quantization.recipe.build_method())
+    write_packed(model, cfg, about(recipe), None, path)
+    assert {weight['bits'] for weight in content_of(path)['weights'].values()} == {4, 8}
+    assert content_of(path)['mmptq']['recipe']['layers'] == recipe['layers']
+    loaded, x = load_packed(path), image(64, 64, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.backbone(x), backbone(x), strict=True))
+    qkv = 'backbone.stages.0.blocks.0.attn.w_msa.qkv.weight'
+    for bits, message in ((6, f'{qkv} is to have 4 or 8 bits'), (True, '4 or 8 bits'), ([4], '4 or 8 bits'), (4, 'codes of 4 bits in')):
+        rewritten(path, tmp_path / 'b.safetensors', content=lambda content, bits=bits: content['weights'][qkv].update(bits=bits))
+        with pytest.raises(QuantizationError, match=message):
+            load_packed(tmp_path / 'b.safetensors')
 
 
 def test_metadata_is_json_that_says_what_the_file_is(packed):

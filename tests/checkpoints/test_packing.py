@@ -14,7 +14,7 @@ from mmptq.layers import GeluShift, QuantOp, Rescale
 from mmptq.methods import MinMax
 from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer, calibrated_parts
 
-from ..conftest import SWIN, VIT, adalog_tables, build_in, equip, fast, image, quantizable, randomized, rescaled
+from ..conftest import SWIN, VIT, adalog_tables, build_in, equip, fast, image, mixed, quantizable, randomized, rescaled
 
 SWIN_T = dict(type='SwinTransformer', embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), window_size=7)
 
@@ -86,6 +86,23 @@ def test_a_model_with_packed_weights_has_the_same_outputs_to_the_last_bit(scope,
                    for each, value in part.params.items())
     twice = repacked(other)
     assert all(torch.equal(value, twice[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize('scope, cfg', [('mmdet', SWIN), ('mmseg', VIT)], ids=['swin', 'vit'])
+@pytest.mark.parametrize('name', ['minmax_w4a4', 'adalog_w4a4'])
+@torch.no_grad()
+def test_weights_of_different_bits_in_one_model(scope, cfg, name):
+    recipe = mixed(quick(name))
+    backbone = calibrated(scope, cfg, recipe)
+    _, layout = pack_state(backbone)
+    bits = {key.removesuffix('.weight'): weight['bits'] for key, weight in layout['weights'].items()}
+    assert set(bits.values()) == {4, 8} and 'patch_embed.projection' not in bits
+    assert all(number == (8 if '.0.' in key and not key.endswith('ffn.layers.0.0') else 4)
+               for key, number in bits.items() if key.startswith(('stages.1', 'layers')))
+    other = randomized(build_in(scope, dict(type='mmptq.QuantBackbone', backbone=cfg, recipe=recipe)))
+    other.load_state_dict(repacked(backbone))
+    x = image(45, 57, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(backbone(x), other(x), strict=True))
 
 
 def linear(cls=None, bits=3, bias=True):

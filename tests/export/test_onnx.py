@@ -21,7 +21,7 @@ from mmptq.cli import main
 from mmptq.export.onnx import build_graph, compare, export_onnx
 from mmptq.quantizers import calibrated_parts
 
-from ..conftest import FAST, SWIN, VIT, about, build_in, image, randomized
+from ..conftest import FAST, SWIN, VIT, about, build_in, image, mixed, randomized
 
 TIMM = dict(type='mmptq.TimmBackbone', model_name='vit_tiny_patch16_224', out_indices=(1,), embed_dim=16, depth=2, num_heads=2, img_size=32)
 METHODS = {'adalog': FAST, 'uqvit': dict(images=1, rows=64, alphas=[0.0], plain_alphas=[0.2], propagate_error=False), 'minmax': {}}
@@ -32,12 +32,12 @@ CASES = {
 """Backbone and recipe: height and width, not multiples of the patches of a Swin."""
 
 
-def calibrated(family, name):
+def calibrated(family, name, change=lambda recipe: recipe):
     torch.manual_seed(0)
     scope, backbone = {'mmdet swin': ('mmdet', SWIN), 'mmseg vit': ('mmseg', VIT), 'timm vit': ('mmseg', TIMM)}[family]
     recipe = load_recipe(name)
     recipe['method'].update(METHODS[name.split('_')[0]])
-    model = randomized(build_in(scope, dict(type='mmptq.QuantBackbone', backbone=backbone, recipe=recipe)))
+    model = randomized(build_in(scope, dict(type='mmptq.QuantBackbone', backbone=backbone, recipe=change(recipe))))
     calibrate(model, find_spec(model).block_names(model), [Call((image(64, 64),))], model.quantization.recipe.build_method())
     return model
 
@@ -86,6 +86,20 @@ def test_weights_are_stored_as_integers_of_their_width(exported):
     assert {value.name.split('/')[0] for value in weights} == layers
     floats = [value for value in graph.graph.initializer if value.data_type == TensorProto.FLOAT and len(value.dims) > 1]
     assert not {tuple(value.dims) for value in floats} & {tuple(model.get_submodule(name).weight.shape) for name in layers}
+
+
+@pytest.mark.parametrize('family, name', [('mmdet swin', 'minmax_w4a4'), ('mmseg vit', 'adalog_w4a4')])
+def test_recipes_by_layer(family, name):
+    """Weights of 4 and 8 bits, a convolution and a product in float, and each step is that of torch."""
+    model, x = calibrated(family, name, mixed), image(46, 58, seed=1) if 'swin' in family else image(64, 48, seed=1)
+    graph, calls = build_graph(model, x)
+    assert compare(graph, calls, model, x).step < 1e-5
+    weights = [value for value in graph.graph.initializer if '/weight_' in value.name and value.dims and 'scale' not in value.name]
+    kinds = {value.name.split('/')[0]: value.data_type for value in weights}
+    assert 'patch_embed.projection' not in kinds
+    for layer, kind in kinds.items():
+        assert kind == (TensorProto.INT8 if model.get_submodule(layer).quantizer('weight').bits == 8 else TensorProto.INT4), layer
+    assert set(kinds.values()) == {TensorProto.INT8, TensorProto.INT4}
 
 
 def test_products_are_of_integers_where_all_is_uniform(exported):

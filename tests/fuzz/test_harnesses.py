@@ -54,6 +54,20 @@ CRASHES = {
     'a quantizer that is a text': dict(quantizers='UniformQuantizer'),
     'a name of a screen': dict(name='\x1b[2J'),
 }
+LAYERS = {
+    'a command for a layer': {'*': dict(quantizers=dict(key=dict(type='os.system', command='true')))},
+    'a pattern of a screen': {'\x1b[2J': dict(float=True)},
+    'a pattern that is a number': {1: dict(float=True)},
+    'an entry that is a list': {'*': [1]},
+    'bits beyond float': {'*': dict(bits=dict(weight=10**400))},
+}
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_layers_of_a_recipe_that_are_none(name):
+    recipe = {**harnesses.load_recipe('adalog_w4a4'), 'layers': LAYERS[name]}
+    with pytest.raises(QuantizationError):
+        harnesses.Recipe.from_dict(recipe)
 
 
 @pytest.mark.parametrize('name', CRASHES)

@@ -12,7 +12,7 @@ from mmptq.calibration import Call, calibrate
 from mmptq.quantizers import UniformQuantizer
 from mmptq.runtime import kernels
 
-from ..conftest import FAST, SWIN, VIT, build_in, image, randomized
+from ..conftest import FAST, SWIN, VIT, build_in, image, mixed, randomized
 
 DEEP = dict(type='mmptq.TimmBackbone', embed_dim=16, depth=3, num_heads=2, mlp_ratio=2, out_indices=(0, 1))
 STAGES = dict(type='mmptq.TimmBackbone', img_size=64, embed_dim=8, depths=(2, 1, 1), num_heads=(1, 2, 4), window_size=4, mlp_ratio=2,
@@ -52,9 +52,11 @@ def ready(name, recipe='minmax_w8a8'):
             except QuantizationError as error:
                 pytest.skip(str(error))
         scope, cfg = BACKBONES[name]
-        loaded = load_recipe(recipe)
+        loaded = load_recipe(recipe.removesuffix(' mixed'))
         if loaded['method']['type'] == 'AdaLog':
             loaded['method'].update(FAST)
+        if recipe.endswith(' mixed'):
+            loaded = mixed(loaded)
         torch.manual_seed(0)
         backbone = randomized(build_in(scope, dict(type='mmptq.QuantBackbone', backbone=cfg, recipe=loaded)))
         calibrate(backbone, find_spec(backbone).block_names(backbone), [Call((x,)) for x in IMAGES],

@@ -42,6 +42,20 @@ def test_whole_backbones_agree_to_1e_4_on_every_image(name, recipe):
     assert 'forward' not in vars(next(module for module in integers.modules() if isinstance(module, IntegerLinear)))
 
 
+@pytest.mark.parametrize('recipe', ['minmax_w4a4 mixed', 'adalog_w4a4 mixed', 'mmptq_w4a4_uniform mixed'])
+@pytest.mark.parametrize('name', ['mmdet swin', 'mmseg vit'])
+def test_recipes_by_layer_agree_as_well(name, recipe):
+    simulated, integers = pair(name, recipe)
+    found = lockstep(simulated, integers, image(49, 70))
+    assert found.error <= 1e-5 and found.farthest <= 1e-3 and found.values <= 1e-6, found
+    assert found.codes > 1e4 and found.moved <= 1e-3 * found.codes, found
+    fused = ready(name, recipe)
+    paths = to_integer(fused)
+    assert {path for path in paths.values() if path.startswith('simulated')} == {'simulated: a product of Float and Float operands has no entry in mmptq.runtime.matmul.PAIRS'}
+    with torch.no_grad():
+        assert all((a - b).norm() <= 0.02 * b.norm() for a, b in zip(fused(image(49, 70)), simulated(image(49, 70)), strict=True))
+
+
 @pytest.mark.parametrize('layer, attribute, seen', [('attn.w_msa.qkv', 'gain', 'farthest'), ('attn.w_msa.qkv', 'offset', 'farthest'),
                                                     ('ffn.layers.1', 'gain', 'error')])
 @pytest.mark.parametrize('recipe', ['minmax_w8a8', 'adalog_w4a4', 'uqvit_w4a4'])
