@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,7 +103,7 @@ def calibrate_block(block: Block, method: Method, done: BlockResult | None = Non
         block.load(done.params)
         return done, outputs
     outputs = method.calibrate(block)
-    ratios = {name: sqnr_db(op, block.samples[name], block.weights.get(name), block.float_weights.get(name))
+    ratios = {name: sqnr_db(op, block.samples[name], block.counts.get(name), partial(block.as_float, [name]))
               for name, op in block.ops.items()}
     return BlockResult(block.name, block.state(), ratios), outputs
 
@@ -130,33 +131,20 @@ def refuse_shared(module: nn.Module, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def sqnr_db(op: QuantOp, samples: Samples, weights: Tensor | None = None, float_weight: Tensor | None = None) -> float | None:
+def sqnr_db(op: QuantOp, samples: Samples, counts: Tensor | None = None,
+            as_float: Callable[[], AbstractContextManager[None]] = nullcontext) -> float | None:
     """Signal to quantization noise ratio of an operation's output on samples of its activations, dB.
 
-    ``weights`` is what each row of the (then single) sample counts, (rows,); ``float_weight`` that of the float model, where the
-    operation has another one now.
+    ``counts`` says how many rows each row of the (then single) sample stands for, (rows,). Inside ``as_float`` the operation has
+    the parameters of the float model, where it has others now.
     """
     signal = noise = 0.0
     for activations in samples:
         every = max(1, len(activations[0]) // RATED)
-        activations, counts = tuple(x[::every] for x in activations), None if weights is None else weights[::every]
-        with having(op, float_weight):
+        activations = tuple(x[::every] for x in activations)
+        with as_float():
             target = op.compute(*op.operands(*activations))
-        counts = torch.ones(len(target), dtype=torch.float64, device=target.device) if counts is None else counts.double()
-        signal += float(target.square().flatten(1).sum(1, dtype=torch.float64) @ counts)
-        noise += float((op.quantized(*activations) - target).square().flatten(1).sum(1, dtype=torch.float64) @ counts)
+        each = torch.ones(len(target), dtype=torch.float64, device=target.device) if counts is None else counts[::every].double()
+        signal += float(target.square().flatten(1).sum(1, dtype=torch.float64) @ each)
+        noise += float((op.quantized(*activations) - target).square().flatten(1).sum(1, dtype=torch.float64) @ each)
     return 10 * math.log10(signal / noise) if signal and noise else None
-
-
-@contextmanager
-def having(op: QuantOp, weight: Tensor | None) -> Iterator[None]:
-    """Inside, an operation has another weight, if one is given."""
-    if weight is None:
-        yield
-        return
-    parameter = op.get_parameter('weight')
-    own, parameter.data = parameter.data, weight
-    try:
-        yield
-    finally:
-        parameter.data = own

@@ -79,7 +79,7 @@ class AdaLog:
                     if number and not last and not changed:
                         continue  # the other operand is as it was when this one was searched
                     thorough = last or (number == 0 and role != 'weight')  # the first base and scale decide where the others are looked for
-                    changed = search(op, role, samples, plan if thorough else brief, block.weights.get(name), last)
+                    changed = search(op, role, samples, plan if thorough else brief, block.counts.get(name), last)
         if self.all_tokens:
             for name, gram in block.grams().items():
                 search_weight(block.ops[name], gram, block.samples[name], plan)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_flatten
 
 from ..calibration.capture import Block
 from ..layers import QuantOp, Rescale
+from ..layers.standins import StandIn, in_place_of_forward, standing_in
 from ..quantizers import AdaLogQuantizer, Float, Quantizer, UniformQuantizer
 from .adalog import AdaLog, op_rescale
 from .base import require_positive
@@ -41,9 +42,6 @@ CELL = 0.45
 
 BEYOND = 1000
 """Learning rates are less: one so large is a slip, and some more let the logits overflow."""
-
-Patch = tuple[nn.Module, str, Callable[..., Tensor]]
-"""A module, a method of it, and what stands in for that for a while."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def improve(block: Block, targets: list[list[Tensor]], options: AdaLogBRECQ) -> 
     """Reconstructs a block, and takes that back unless the outputs come nearer to their targets."""
     before, error = block.state(), block_error(block, targets)
     if not (reconstruct(block, targets, options) and block_error(block, targets) < error):
-        block.restore_weights()
+        block.restore_parameters()
         block.load(before)
 
 
@@ -187,12 +185,12 @@ class Rounding:
         weight = as_read(self.op, self.op.get_parameter('weight'))
         return torch.equal(self.quantizer.encode(weight, **(self.quantizer.params or {})), self.decided())
 
-    def patches(self) -> Iterator[Patch]:
+    def stand_ins(self) -> Iterator[StandIn]:
         """What lets the operation read :attr:`values`, and correct its bias as it will when the weight is kept."""
-        yield self.quantizer, 'forward', lambda weight: self.values
+        yield in_place_of_forward(self.quantizer, lambda weight: self.values)
         rescale, shift = op_rescale(self.op), self.shift
         if rescale is not None and shift is not None:
-            yield rescale, 'correction', lambda weight: F.linear(shift, self.values) + self.made_up(self.values, shift)
+            yield StandIn(rescale, 'correction', lambda weight: F.linear(shift, self.values) + self.made_up(self.values, shift))
 
 
 def as_read(op: QuantOp, weight: Tensor) -> Tensor:
@@ -261,10 +259,10 @@ class Activation:
             quantizer.scale = self.scale.detach()
             self.scale.requires_grad_()
 
-    def patches(self) -> Iterator[Patch]:
+    def stand_ins(self) -> Iterator[StandIn]:
         """What lets the operation quantize with a gradient."""
         if not isinstance(self.quantizer, Float):
-            yield self.quantizer, 'forward', self.quantized
+            yield in_place_of_forward(self.quantizer, self.quantized)
 
     def quantized(self, x: Tensor, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """In place of the quantizer's forward."""
@@ -299,18 +297,10 @@ class Learned:
         """Those that are learned."""
         return [activation.scale for activation in self.activations if activation.learned]
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def in_place(self) -> AbstractContextManager[None]:
         """Inside, the block's operations compute with what is learned, and with gradients."""
         parts: list[Rounding | Activation] = [*self.roundings.values(), *self.activations]
-        patches = [patch for part in parts for patch in part.patches()]
-        for module, name, function in patches:
-            setattr(module, name, function)
-        try:
-            yield
-        finally:
-            for module, name, _ in patches:
-                delattr(module, name)
+        return standing_in([stand_in for part in parts for stand_in in part.stand_ins()])
 
     @torch.no_grad()
     def keep_positive(self) -> None:

@@ -207,7 +207,7 @@ def test_the_weight_is_searched_over_all_tokens():
     AdaLog(rows=16).calibrate(block)
     error = (op(x) - layer(x)).square().sum()
     errors = []
-    for samples, weights in (([(x,)], None), (block.samples['layer'], block.weights['layer'])):
+    for samples, weights in (([(x,)], None), (block.samples['layer'], block.counts['layer'])):
         op.weight_quantizer.clear()
         search(op, 'weight', samples, plan(screen=10**6), weights)
         errors.append((op(x) - layer(x)).square().sum())

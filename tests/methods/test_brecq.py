@@ -102,7 +102,7 @@ def test_the_error_of_a_block_becomes_less(make):
     for output, target in zip(outputs, targets, strict=True):
         assert all(torch.equal(*pair) for pair in zip(brecq.tensors(output), target, strict=True))
     assert brecq.block_error(block, targets) < 0.99 * before
-    assert block.float_weights.keys() == weights_of(block).keys()
+    assert block.float_parameters.keys() == {f'{name}.weight' for name in weights_of(block)}
     for op in block.ops.values():
         assert all((quantizer.scale > 0).all() and torch.isfinite(quantizer.scale).all() for quantizer in op.quantizers().values())
 
@@ -163,7 +163,7 @@ def test_outputs_of_any_form(kind):
     forms = {'tuple': lambda y: (y, (3, 4), torch.arange(3)), 'dict': lambda y: dict(a=[y], b=None, c=2 * y)}
     block.module = lambda x: forms[kind](plain(x))
     outputs = method.calibrate(block)
-    assert block.float_weights and isinstance(outputs[0], dict if kind == 'dict' else tuple)
+    assert block.float_parameters and isinstance(outputs[0], dict if kind == 'dict' else tuple)
     assert [len(brecq.tensors(output)) for output in outputs] == [1 + (kind == 'dict')] * 4
 
 
@@ -173,14 +173,14 @@ def test_where_outputs_hold_no_tensors_there_is_only_the_search():
     plain = block.module
     block.module = lambda x: [str(plain(x).sum().item())]
     method.calibrate(block)
-    assert not block.float_weights and same(block.state(), first.state())
+    assert not block.float_parameters and same(block.state(), first.state())
 
 
 def test_without_anything_to_learn_the_search_stands():
     op = equip(QuantLinear.from_float(nn.Linear(4, 3)), input=Float(), weight=Float())
     block = Block('float', op, [Call((torch.randn(5, 4),))], {'fc': op})
     targets = [brecq.tensors(output) for output in block.run_float()]
-    assert not brecq.reconstruct(block, targets, AdaLogBRECQ(**QUICK)) and not block.float_weights
+    assert not brecq.reconstruct(block, targets, AdaLogBRECQ(**QUICK)) and not block.float_parameters
 
 
 def test_products_alone_learn_their_scales():
@@ -189,7 +189,7 @@ def test_products_alone_learn_their_scales():
     calls = [Call((torch.randn(3, 2, 9, 8, generator=generator), torch.randn(3, 2, 8, 9, generator=generator)))]
     block, targets, before = searched(Block('qk', op, calls, {'qk': op}))
     assert brecq.reconstruct(block, targets, AdaLogBRECQ(**QUICK))
-    assert brecq.block_error(block, targets) < before and op.right_quantizer.scale.shape == (2, 1, 1) and not block.float_weights
+    assert brecq.block_error(block, targets) < before and op.right_quantizer.scale.shape == (2, 1, 1) and not block.float_parameters
 
 
 # What is worse is taken back.
@@ -212,7 +212,7 @@ def test_what_is_not_better_is_taken_back(worse, monkeypatch):
         monkeypatch.setattr(brecq, 'reconstruct', {'spoilt': spoil, 'unfinished': lambda *args: spoil(*args) is None,
                                                    'equal': lambda *args: True}[worse])
     method.calibrate(block)
-    assert same(block.state(), first.state()) and same(weights_of(block), weights_of(first)) and not block.float_weights
+    assert same(block.state(), first.state()) and same(weights_of(block), weights_of(first)) and not block.float_parameters
 
 
 @pytest.mark.parametrize('lr', [0.01, 10.0])
@@ -257,7 +257,7 @@ def test_the_weight_that_is_kept_rounds_as_was_learned(op):
     read = brecq.as_read(op, weight).detach()
     rounding = rounding_of(op, generator)
     rounding.soft = rounding.values = quantizer.decode(rounding.decided(), **quantizer.params)
-    learned = [function(op.weight) for _, name, function in rounding.patches() if name == 'correction']
+    learned = [function(op.weight) for _, name, function in rounding.stand_ins() if name == 'correction']
     below = torch.floor(read * quantizer.scale.reciprocal())
     expected = (below + (rounding.logits >= 0) + quantizer.zero_point).clamp(0, quantizer.levels - 1)
     assert torch.equal(rounding.decided(), expected.to(torch.int16))
@@ -281,7 +281,7 @@ def test_a_correction_that_the_cells_cannot_hold_is_learned_as_it_will_be():
     with torch.no_grad():
         rounding.logits.copy_(torch.tensor([40.0, 40.0, -40.0])[:, None].expand(-1, 4))
     rounding.refresh()
-    (_, _, _), (_, _, correction) = rounding.patches()
+    (_, _, _), (_, _, correction) = rounding.stand_ins()
     learned, before = correction(op.weight).detach(), op.rescale.correction(op.weight).detach()
     Block('layer', op, [], {'layer': op}).set_weight('layer', rounding.weight())
     torch.testing.assert_close(op.rescale.correction(op.weight), learned)
@@ -499,13 +499,14 @@ def test_a_state_holds_the_weights_that_changed():
     (block, method), (fresh, _) = toy(), toy()
     floats = weights_of(fresh)
     result, outputs = calibrate_block(block, method)
-    assert {'fc1.weight', 'fc2.weight', 'fc1.rescale.scale'} <= result.params.keys() and same(block.float_weights, floats)
+    assert {'fc1.weight', 'fc2.weight', 'fc1.rescale.scale'} <= result.params.keys()
+    assert same(block.float_parameters, {f'{name}.weight': value for name, value in floats.items()})
     done = BlockResult(**reloaded(vars(result)))
     _, again = calibrate_block(fresh, method, done)
     assert all(torch.equal(*pair) for pair in zip(outputs, again, strict=True)) and same(fresh.state(), block.state())
     assert same(fresh.module.state_dict(), block.module.state_dict())
     assert all(torch.equal(*pair) for pair in zip(fresh.run(), block.run(), strict=True))
-    fresh.restore_weights()
+    fresh.restore_parameters()
     assert same(weights_of(fresh), floats) and not any(key.endswith('.weight') for key in fresh.state())
 
 
@@ -518,10 +519,10 @@ def test_signal_to_noise_is_against_the_float_weights():
     block, method = toy()
     result, _ = calibrate_block(block, method)
     for name, op in block.ops.items():
-        (x,), counts = block.samples[name][0], block.weights[name]
+        (x,), counts = block.samples[name][0], block.counts[name]
         own = sqnr_db(op, block.samples[name], counts)
         with torch.no_grad():
-            target = nn.functional.linear(x, block.float_weights[name], op.bias)
+            target = nn.functional.linear(x, block.float_parameters[f'{name}.weight'], op.bias)
             signal, noise = ((y.double().square().sum(1) @ counts.double()).item() for y in (target, op(x) - target))
         assert result.sqnr_db[name] == pytest.approx(10 * math.log10(signal / noise), abs=0.01) and result.sqnr_db[name] < own - 0.1
 
@@ -591,7 +592,7 @@ def test_the_recipe_runs():
     raw['method'].update(QUICK)
     block = unit(('mmseg', VIT), 1, raw)
     Recipe.from_dict(raw).build_method().calibrate(block)
-    assert block.float_weights and block.ops['layers.0.ffn.layers.1'].quantizer('input').bits == 3
+    assert block.float_parameters and block.ops['layers.0.ffn.layers.1'].quantizer('input').bits == 3
 
 
 @pytest.mark.parametrize(('option', 'value'), [('iterations', 0), ('batch', 0), ('weight_lr', -1e-3), ('scale_lr', math.nan),

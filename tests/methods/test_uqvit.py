@@ -137,7 +137,7 @@ def test_the_error_is_that_of_the_blocks_output():
     inputs = [Call((torch.randn(7, 6, generator=generator) * torch.tensor([1, 1, 9, 1, 1, .1]),)) for _ in range(12)]
     block = Block('block', module, inputs, {'fc': module.fc})
     targets = block.observe(UQViT().rows)
-    candidates = UQViT()._candidates(module.fc, block.samples['fc'][0][0], block.weights['fc'])
+    candidates = UQViT()._candidates(module.fc, block.samples['fc'][0][0], block.counts['fc'])
     assert len(candidates) == 12
     for images, counted in ((2, [inputs[0], inputs[6]]), (1, inputs[:1]), (20, inputs), (None, inputs)):
         errors = uqvit.output_errors(block, module.fc, candidates, targets, images, sure=float('inf'))
