@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe, convert, find_spec
-from mmptq.calibration import Block, Call, operations
+from mmptq.calibration import Block, Call, operations, run_stages
 from mmptq.calibration.capture import listening
 from mmptq.layers import QuantLinear, QuantOp
 
@@ -45,7 +45,7 @@ def ours(op: QuantLinear, calls: list[Tensor], recipe: Recipe, seed: int = 0) ->
     for quantizer in (*op.quantizers().values(), *([op.rescale] if op.rescale else [])):
         quantizer.clear()
     started = time.perf_counter()
-    recipe.build_method().calibrate(Block('layer', op, [Call((x,)) for x in calls], {'layer': op}, seed))
+    run_stages(Block('layer', op, [Call((x,)) for x in calls], {'layer': op}, seed), recipe.build_method())
     seconds = time.perf_counter() - started
     with torch.no_grad():
         errors = [float((op(x) - op.float_forward(x)).square().sum(dtype=torch.float64)) for x in calls]

@@ -14,6 +14,7 @@ from ..errors import QuantizationError
 from ..layers import QuantOp
 from ..layers.standins import StandIn, in_place_of_forward, standing_in
 from ..quantizers import Calibrated
+from .channels import Channels
 from .objective import Gram
 
 Samples = list[tuple[Tensor, ...]]
@@ -54,6 +55,10 @@ class Block:
         samples: A sample of each operation's activations.
         counts: How many rows each sampled row of an operation stands for, (rows,), where that differs.
         float_parameters: The float model's value of each weight and bias that is another one now, by name (``fc.weight``).
+        targets: The outputs of the float block, one a call.
+        order: The names of its operations, as they first ran.
+        channels: Values of each channel of inputs that are rescaled by channels, by operation, where a stage needs them.
+        extremes: Minima and maxima by operation and role, (groups,) each, where a stage needs them.
     """
 
     def __init__(self, name: str, module: Callable[..., Any], calls: list[Call], ops: dict[str, QuantOp], seed: int = 0,
@@ -68,6 +73,10 @@ class Block:
         self.samples: dict[str, Samples] = {}
         self.counts: dict[str, Tensor] = {}
         self.float_parameters: dict[str, Tensor] = {}
+        self.targets: list[Any] = []
+        self.order: list[str] = []
+        self.channels: dict[str, Channels] = {}
+        self.extremes: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def call(self, call: Call) -> Any:
         """The output of one call, with the quantizers as they are."""
@@ -194,6 +203,23 @@ class Block:
             for key, module in op.named_modules():
                 if isinstance(module, Calibrated):
                     module.set(**{param: state[f'{name}.{key}.{param}'].to(module.place.device) for param in module.param_names})
+
+    def restore(self, before: dict[str, Tensor]) -> None:
+        """Goes back to a state that :meth:`state` returned; what was not calibrated then is not any more."""
+        self.restore_parameters()
+        for name, op in self.ops.items():
+            for kind in changeable(op):
+                if f'{name}.{kind}' in before:
+                    self._change(f'{name}.{kind}', before[f'{name}.{kind}'])
+            for key, module in op.named_modules():
+                if not isinstance(module, Calibrated):
+                    continue
+                params = {param: before.get(f'{name}.{key}.{param}') for param in module.param_names}
+                known = {param: value for param, value in params.items() if value is not None}
+                if len(known) == len(params):
+                    module.set(**known)
+                else:
+                    module.clear()
 
     def _misfit(self, reason: str) -> QuantizationError:
         return QuantizationError(f'the progress of block {self.name} does not fit the model: {reason}; remove the file of progress to '

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 from ..calibration.capture import Block, Samples
 from ..calibration.ranges import least_error
 from ..calibration.replay import replayed
+from ..calibration.stage import Needs
 from ..errors import QuantizationError
 from ..layers import GeluShift, QuantLinear, QuantMatMul, QuantOp, Rescale, largest_rescale, per_channel_rescale, prefer_large
 from ..layers.rescale import GELU_MINIMUM
@@ -106,19 +107,19 @@ class UQViT:
             if not (isinstance(values, list | tuple) and values and all(_is_alpha(value) or (none and value is None) for value in values)):
                 raise ValueError(f'{name} must be a list of numbers from 0 to 1{" or None" * none}, at least one, not {values!r}')
 
+    @property
+    def needs(self) -> Needs:
+        """A sample of activations."""
+        return Needs(rows=self.rows)
+
     @torch.no_grad()
-    def calibrate(self, block: Block) -> list[Any]:
-        """See :class:`mmptq.methods.Method`.
+    def calibrate(self, block: Block) -> bool:
+        """See :class:`mmptq.calibration.Stage`.
 
         Raises:
             QuantizationError: If an input is to be rescaled, and the block's output has no tensors by which to compare alphas.
         """
-        order: dict[str, QuantOp] = {}
-
-        def visit(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
-            order.setdefault(name, op)
-
-        outputs = block.observe(self.rows, visit)
+        order, outputs = {name: block.ops[name] for name in block.order}, block.targets
         rescaled = [name for name, op in order.items() if isinstance(op, QuantLinear) and isinstance(op.rescale, Rescale)]
         if rescaled and not _tensors(outputs):
             raise QuantizationError(f'{rescaled[0]}: alphas are compared by the output of the block, {block.name} give no tensors; drop '
@@ -138,7 +139,7 @@ class UQViT:
                 with block.as_float(floats), standing_in([in_place_of_forward(quantizer, as_it_is) for quantizer in probabilities]):
                     errors = output_errors(block, op, candidates, outputs, self.images)
                 candidates[int(errors.argmin())].settle(op)
-        return outputs
+        return True
 
     def _candidates(self, op: QuantLinear, x: Tensor, counts: Tensor) -> list[Candidate]:
         """What each alpha makes of a layer, given a sample of its inputs (rows, in) and what each row counts, (rows,)."""
