@@ -110,7 +110,8 @@ class Recipe:
         if getattr(methods[0], 'improves', False):
             raise QuantizationError(f'recipe: {type(methods[0]).__name__} improves what a stage before it found: put one such as AdaLog '
                                     'before it, in stages')
-        if not any(getattr(method, 'rescales', False) for method in methods) and any(options.get('rescale') for options in quantizers.values()):
+        rescaled = any(options.get('rescale') for options in quantizers.values())
+        if rescaled and not any(getattr(method, 'rescales', False) for method in methods):
             raise QuantizationError(f'recipe: method {result.method_name} does not rescale: '
                                     'drop the option rescale of its quantizers')
         return result
