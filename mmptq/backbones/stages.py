@@ -65,7 +65,8 @@ def checked_stages(stages: Any) -> list[dict[str, Any]]:
             )
         if 'propagate_error' in stage:
             raise QuantizationError(
-                f'recipe: propagate_error is a key of the recipe, beside stages, not of stage {number}'
+                'recipe: propagate_error is a key of the recipe, beside stages, '
+                f'not of stage {number}'
             )
     return [dict(stage) for stage in stages]
 
