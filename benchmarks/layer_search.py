@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe, convert, find_spec
-from mmptq.calibration import Block, Call
-from mmptq.calibration.capture import in_float, listening, operations
+from mmptq.calibration import Block, Call, operations, run_stages
+from mmptq.calibration.capture import listening
 from mmptq.layers import QuantLinear, QuantOp
 
 LAYERS = ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2')
@@ -33,7 +33,8 @@ def inputs(model: torch.nn.Module, op: QuantLinear, images: Tensor) -> list[Tens
     def keep(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
         found.append(activations[0].clone())
 
-    with torch.no_grad(), in_float(operations(model)), listening({'layer': op}, keep):
+    whole = Block('model', model, [], operations(model))
+    with torch.no_grad(), whole.as_float(), listening({'layer': op}, keep):
         for image in images:
             model(image[None])
     return found
@@ -44,7 +45,7 @@ def ours(op: QuantLinear, calls: list[Tensor], recipe: Recipe, seed: int = 0) ->
     for quantizer in (*op.quantizers().values(), *([op.rescale] if op.rescale else [])):
         quantizer.clear()
     started = time.perf_counter()
-    recipe.build_method().calibrate(Block('layer', op, [Call((x,)) for x in calls], {'layer': op}, seed))
+    run_stages(Block('layer', op, [Call((x,)) for x in calls], {'layer': op}, seed), recipe.build_method())
     seconds = time.perf_counter() - started
     with torch.no_grad():
         errors = [float((op(x) - op.float_forward(x)).square().sum(dtype=torch.float64)) for x in calls]

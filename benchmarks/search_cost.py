@@ -17,7 +17,7 @@ from torch import nn
 
 from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe
-from mmptq.calibration import FPCS, Block, Call, search_weight
+from mmptq.calibration import FPCS, Block, Call, run_stages, search_weight
 from mmptq.layers import QuantLinear
 
 TOKENS, IN, OUT, IMAGES, CANDIDATES = 197, 192, 576, 32, 128
@@ -37,7 +37,7 @@ def measure(images: int = IMAGES, inputs: int = IN, outputs: int = OUT, candidat
     block = Block('layer', op, calls, {'layer': op})
     method: Any = checked.build_method()
     started = time.perf_counter()
-    method.calibrate(block)
+    run_stages(block, method)
     whole = time.perf_counter() - started
     started = time.perf_counter()
     gram = block.grams()['layer']

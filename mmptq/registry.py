@@ -21,7 +21,7 @@ QUANTIZERS = Registry('quantizer', scope='mmptq')
 """What a recipe may name for a site."""
 
 METHODS = Registry('method', scope='mmptq')
-"""What a recipe may name as its method."""
+"""What a recipe may name as its method or as one of its stages."""
 
 
 
@@ -39,5 +39,5 @@ def registered(registry: Registry, name: str) -> Any:
 
 for _module in (quantizers.UniformQuantizer, quantizers.AdaLogQuantizer, quantizers.DeMaxQuantizer, quantizers.Float):
     QUANTIZERS.register_module(module=_module)
-for _method in (methods.MinMax, methods.AdaLog, methods.AdaLogBRECQ, methods.UQViT):
+for _method in (methods.MinMax, methods.AdaLog, methods.AdaLogBRECQ, methods.UQViT, methods.BRECQ):
     METHODS.register_module(module=_method)

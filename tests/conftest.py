@@ -13,7 +13,7 @@ from torch import nn
 from mmptq import __version__
 from mmptq.apis import load_recipe
 from mmptq.backbones import Recipe
-from mmptq.calibration import FPCS
+from mmptq.calibration import FPCS, run_stages
 from mmptq.layers import GeluShift, QuantLinear, Rescale
 from mmptq.methods import AdaLog
 from mmptq.quantizers import AdaLogQuantizer, Quantizer, UniformQuantizer
@@ -256,3 +256,11 @@ class TwoProducts(nn.Module):
     def forward(self, x):
         q, k, v = self.split(x)
         return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+# Stages.
+
+def outputs_of(method, block):
+    """Calibrates a block by a method or stages; the outputs of the float block."""
+    run_stages(block, method)
+    return block.targets

@@ -74,7 +74,7 @@ def paper_protocol(recipe: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         QuantizationError: If it is no recipe of UQ-ViT.
     """
-    if recipe['method']['type'] != 'UQViT':
+    if recipe.get('method', {}).get('type') != 'UQViT':
         raise QuantizationError(f'the paper protocol is that of UQ-ViT: give a recipe uqvit_wXaY, not {recipe["name"]}')
     quantizers = {site: dict(options) for site, options in recipe['quantizers'].items()}
     quantizers['post_gelu'].pop('rescale', None)

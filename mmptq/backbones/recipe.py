@@ -10,11 +10,11 @@ from mmengine.registry import Registry
 
 from ..errors import QuantizationError
 from ..layers import RESCALES, QuantLinear, QuantOp
-from ..methods import Method
 from ..quantizers import Quantizer
 from ..registry import METHODS, QUANTIZERS, registered
 from .by_layer import LayerEntry, read_entries
 from .spec import SITES
+from .stages import canonical
 
 GRANULARITIES: dict[str, tuple[str, ...]] = {
     'per_channel': ('weight',),
@@ -62,7 +62,9 @@ class Recipe:
         bits: The bits, where a site's quantizer does not fix its own.
         quantizers: By site: ``type`` and options of a quantizer; ``per_channel`` or ``per_head`` sets its granularity,
             ``rescale`` how the input is rescaled before it (:mod:`mmptq.layers.rescale`).
-        method: ``type`` and options of the method.
+        method: ``type`` and options of the method; None where there are ``stages``.
+        stages: ``type`` and options of each stage, where there is no short name for them (:mod:`mmptq.backbones.stages`).
+        propagate_error: With ``stages``: whether a block's inputs are from the quantized model; None: as the first stage prefers.
         layers: What differs at single layers and attention products. Of the entries that match a name the last one wins: for each kind
             of bits, for each site, and for whether it stays float.
     """
@@ -70,7 +72,9 @@ class Recipe:
     name: str
     bits: Bits
     quantizers: dict[str, dict[str, Any]]
-    method: dict[str, Any]
+    method: dict[str, Any] | None = None
+    stages: list[dict[str, Any]] | None = None
+    propagate_error: bool | None = None
     layers: tuple[LayerEntry, ...] = ()
 
     @classmethod
@@ -81,16 +85,19 @@ class Recipe:
             QuantizationError: If a key, site, type or number of bits is unknown, or a quantizer does not fit its site, naming it.
         """
         _require_dict(recipe, 'it')
+        recipe = canonical(recipe)
+        how = ('stages', 'propagate_error') if 'stages' in recipe else ('method',)
         if not isinstance(recipe.get('name', ''), str):
             raise QuantizationError(f'recipe: name is to be text, not {recipe["name"]!r}')
         if not NAME.fullmatch(recipe.get('name', 'unnamed')):
             raise QuantizationError(f'recipe: name is part of a folder: letters, digits and _ . + - only, not {recipe["name"]!r}')
-        unknown = set(recipe) - {'name', 'bits', 'quantizers', 'method', 'layers'}
-        missing = {'bits', 'quantizers', 'method'} - set(recipe)
+        unknown = set(recipe) - {'name', 'bits', 'quantizers', 'layers', *how}
+        missing = {'bits', 'quantizers', how[0]} - set(recipe)
         if unknown or missing:
-            raise QuantizationError(f'a recipe has the keys name, bits, quantizers, method and layers; unknown: {sorted(unknown)}, '
+            raise QuantizationError(f'a recipe has the keys name, bits, quantizers, {", ".join(how)} and layers; '
+                                    f'unknown: {sorted(unknown)}, '
                                     f'missing: {sorted(missing)}')
-        for what in ('bits', 'quantizers', 'method'):
+        for what in {'bits', 'quantizers', 'method'} & set(recipe):
             _require_dict(recipe[what], what)
         for site, quantizer in recipe['quantizers'].items():
             _require_dict(quantizer, f'quantizer of site {site}')
@@ -102,22 +109,39 @@ class Recipe:
         if not {'weight', 'activation'} <= set(bits) <= {'weight', 'activation', 'softmax'}:
             raise QuantizationError(f'bits has the keys weight, activation and, optionally, softmax, not {sorted(bits)}')
         bits.setdefault('softmax', bits['activation'])
-        layers = read_entries(recipe.get('layers', {}))
-        result = cls(recipe.get('name', 'unnamed'), Bits(**bits), quantizers, dict(recipe['method']), layers)
+        method = dict(recipe['method']) if 'method' in recipe else None
+        result = cls(recipe.get('name', 'unnamed'), Bits(**bits), quantizers, method, recipe.get('stages'),
+                     recipe.get('propagate_error'), read_entries(recipe.get('layers', {})))
         for site in SITES:
             result.build_quantizer(site, -2)
         for what, number in bits.items():  # those of a site that has its own were not looked at
             if type(number) is not int or not 2 <= number <= 8:
                 raise QuantizationError(f'recipe: bits of {what} must be an integer from 2 to 8, not {number!r}')
+        result._check_stages()
         result._check_rescales()
         result._check_layers()
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as a config has it; ``layers``, if there are any, as a list."""
-        recipe = asdict(replace(self, layers=()))
+        """The recipe as a config has it, without what it does not say; ``layers``, if there are any, as a list."""
+        recipe = {key: value for key, value in asdict(replace(self, layers=())).items() if value is not None}
         del recipe['layers']
         return {**recipe, 'layers': [entry.to_dict() for entry in self.layers]} if self.layers else recipe
+
+    @property
+    def method_name(self) -> str:
+        """The type of the method, or those of the stages with + between them."""
+        return '+'.join(str(method['type']) for method in self.stages or [self.method or {}])
+
+    def _methods(self) -> list[Any]:
+        methods = self.build_method()
+        return methods if isinstance(methods, list) else [methods]
+
+    def _check_stages(self) -> None:
+        first = self._methods()[0]
+        if getattr(first, 'improves', False):
+            raise QuantizationError(f'recipe: {type(first).__name__} improves what a stage before it found: put one such as AdaLog '
+                                    'before it, in stages')
 
     def for_layer(self, name: str) -> Recipe | None:
         """The recipe of one layer or attention product, by its name in the whole model; None if that stays float."""
@@ -161,8 +185,9 @@ class Recipe:
                 raise QuantizationError(f'recipe: layers: {entry.pattern!r}: {reason}') from None
 
     def _check_rescales(self) -> None:
-        if not self.build_method().rescales and any(options.get('rescale') for options in self.quantizers.values()):
-            raise QuantizationError(f'recipe: method {self.method["type"]} does not rescale: drop the option rescale of its quantizers')
+        rescaled = any(options.get('rescale') for options in self.quantizers.values())
+        if rescaled and not any(getattr(method, 'rescales', False) for method in self._methods()):
+            raise QuantizationError(f'recipe: method {self.method_name} does not rescale: drop the option rescale of its quantizers')
 
     def build_quantizer(self, site: str, weight_axis: int | None) -> Quantizer:
         """A quantizer for a site; ``weight_axis`` is the axis of output channels where the tensor is a weight."""
@@ -188,9 +213,11 @@ class Recipe:
             raise QuantizationError(f'recipe: quantizer of site {site}: {type(quantizer).__name__} {misfit}')
         return quantizer
 
-    def build_method(self) -> Method:
-        """The method that chooses the parameters."""
-        return _build(METHODS, dict(self.method), 'method')
+    def build_method(self) -> Any:
+        """What chooses the parameters, as :func:`mmptq.calibration.calibrate` takes it: the method, or the list of stages."""
+        if self.stages is None:
+            return _build(METHODS, dict(self.method or {}), 'method')
+        return [_build(METHODS, dict(stage), f'stage {number}') for number, stage in enumerate(self.stages, 1)]
 
     def equip(self, op: QuantOp, sites: dict[str, str], heads: int | None = None) -> None:
         """Gives an operation the quantizers of its operands' sites; a product may say how many ``heads`` it has."""

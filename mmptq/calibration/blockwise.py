@@ -2,10 +2,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,8 @@ from torch import Tensor, nn
 from ..errors import QuantizationError
 from ..layers import QuantOp
 from .capture import Block, Call, Samples, Stream, operations
-
-if TYPE_CHECKING:
-    from ..methods import Method
-
+from .observing import observe
+from .stage import Needs, as_stages, combined_needs, propagates
 
 RATED = 256
 """Rows of a sample, or windows, on which the ratio of signal to noise is measured, about."""
@@ -38,20 +37,21 @@ class BlockResult:
     sqnr_db: dict[str, float | None]
 
 
-def calibrate(module: nn.Module, names: list[str], inputs: list[Call], method: Method, seed: int = 0,
+def calibrate(module: nn.Module, names: list[str], inputs: list[Call], stages: Any, seed: int = 0,
               done: Mapping[str, BlockResult] | None = None, on_calls: Callable[[Block], None] | None = None,
-              on_block: Callable[[BlockResult], None] | None = None) -> list[BlockResult]:
+              on_block: Callable[[BlockResult], None] | None = None, propagate_error: bool | None = None) -> list[BlockResult]:
     """Calibrates the operations in the blocks of a module, in place.
 
     Args:
         module: A converted backbone, not calibrated.
         names: Its blocks, in forward order.
         inputs: Its calls, one an image.
-        method: Chooses the parameters.
+        stages: What chooses the parameters, one after another: stages, or one of them (:mod:`mmptq.calibration.stage`).
         seed: Of the samples.
         done: Results of blocks that an interrupted run calibrated.
         on_calls: Is shown each block before it is calibrated.
         on_block: Is shown each block's result.
+        propagate_error: Inputs of a block from the quantized model; else from the float one. None: as the first stage prefers.
 
     Returns:
         The results, in forward order.
@@ -66,9 +66,13 @@ def calibrate(module: nn.Module, names: list[str], inputs: list[Call], method: M
         raise QuantizationError('the calibration set is empty')
     check_weights(module)
     refuse_shared(module, names)
+    if propagate_error is None:
+        propagate_error = propagates(stages)
+    stages = as_stages(stages)
+    prepare(module, stages, inputs)
     results = []
     stream = Stream(module, names, inputs)
-    prefix = Stream(module, names, inputs) if method.propagate_error else None
+    prefix = Stream(module, names, inputs) if propagate_error else None
     for number, name in enumerate(names):
         unit = module.get_submodule(name)
         float_calls = stream.calls()
@@ -76,7 +80,7 @@ def calibrate(module: nn.Module, names: list[str], inputs: list[Call], method: M
         block = Block(name, unit, calls, operations(unit, f'{name}.'), seed + number, float_calls)
         if on_calls:
             on_calls(block)
-        result, outputs = calibrate_block(block, method, (done or {}).get(name))
+        result, outputs = calibrate_block(block, stages, (done or {}).get(name))
         results.append(result)
         if on_block:
             on_block(result)
@@ -86,8 +90,27 @@ def calibrate(module: nn.Module, names: list[str], inputs: list[Call], method: M
     return results
 
 
-def calibrate_block(block: Block, method: Method, done: BlockResult | None = None) -> tuple[BlockResult, list[object]]:
-    """Calibrates one block, or sets what an interrupted run found.
+def prepare(module: nn.Module, stages: Any, inputs: list[Call]) -> None:
+    """Lets the stages that change the whole float network do so; they need not say that they do not."""
+    for stage in as_stages(stages):
+        if hasattr(stage, 'prepare'):
+            stage.prepare(module, getattr(module, 'quantization', None), inputs)
+
+
+def run_stages(block: Block, stages: Any) -> None:
+    """Observes a block once, and lets one stage after another calibrate it; one that does not help is taken back."""
+    stages = as_stages(stages)
+    needs = combined_needs(stages)
+    if needs != Needs():
+        observe(block, needs)
+    for stage in stages:
+        before = {name: value.clone() for name, value in block.state().items()}
+        if not stage.calibrate(block):
+            block.restore(before)
+
+
+def calibrate_block(block: Block, stages: Any, done: BlockResult | None = None) -> tuple[BlockResult, list[object]]:
+    """Calibrates one block by some stages, or sets what an interrupted run found.
 
     Returns:
         The result, and the outputs of the float block.
@@ -101,10 +124,10 @@ def calibrate_block(block: Block, method: Method, done: BlockResult | None = Non
         outputs = block.run_float()
         block.load(done.params)
         return done, outputs
-    outputs = method.calibrate(block)
-    ratios = {name: sqnr_db(op, block.samples[name], block.weights.get(name), block.float_weights.get(name))
+    run_stages(block, stages)
+    ratios = {name: sqnr_db(op, block.samples[name], block.counts.get(name), partial(block.as_float, [name]))
               for name, op in block.ops.items()}
-    return BlockResult(block.name, block.state(), ratios), outputs
+    return BlockResult(block.name, block.state(), ratios), block.targets
 
 
 def check_weights(module: nn.Module) -> None:
@@ -130,33 +153,20 @@ def refuse_shared(module: nn.Module, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def sqnr_db(op: QuantOp, samples: Samples, weights: Tensor | None = None, float_weight: Tensor | None = None) -> float | None:
+def sqnr_db(op: QuantOp, samples: Samples, counts: Tensor | None = None,
+            as_float: Callable[[], AbstractContextManager[None]] = nullcontext) -> float | None:
     """Signal to quantization noise ratio of an operation's output on samples of its activations, dB.
 
-    ``weights`` is what each row of the (then single) sample counts, (rows,); ``float_weight`` that of the float model, where the
-    operation has another one now.
+    ``counts`` says how many rows each row of the (then single) sample stands for, (rows,). Inside ``as_float`` the operation has
+    the parameters of the float model, where it has others now.
     """
     signal = noise = 0.0
     for activations in samples:
         every = max(1, len(activations[0]) // RATED)
-        activations, counts = tuple(x[::every] for x in activations), None if weights is None else weights[::every]
-        with having(op, float_weight):
+        activations = tuple(x[::every] for x in activations)
+        with as_float():
             target = op.compute(*op.operands(*activations))
-        counts = torch.ones(len(target), dtype=torch.float64, device=target.device) if counts is None else counts.double()
-        signal += float(target.square().flatten(1).sum(1, dtype=torch.float64) @ counts)
-        noise += float((op.quantized(*activations) - target).square().flatten(1).sum(1, dtype=torch.float64) @ counts)
+        each = torch.ones(len(target), dtype=torch.float64, device=target.device) if counts is None else counts[::every].double()
+        signal += float(target.square().flatten(1).sum(1, dtype=torch.float64) @ each)
+        noise += float((op.quantized(*activations) - target).square().flatten(1).sum(1, dtype=torch.float64) @ each)
     return 10 * math.log10(signal / noise) if signal and noise else None
-
-
-@contextmanager
-def having(op: QuantOp, weight: Tensor | None) -> Iterator[None]:
-    """Inside, an operation has another weight, if one is given."""
-    if weight is None:
-        yield
-        return
-    parameter = op.get_parameter('weight')
-    own, parameter.data = parameter.data, weight
-    try:
-        yield
-    finally:
-        parameter.data = own

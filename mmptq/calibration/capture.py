@@ -1,8 +1,8 @@
 """The calls that a block really gets: a forward that is cut at the blocks and goes on from where it stopped."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ..errors import QuantizationError
 from ..layers import QuantOp
+from ..layers.standins import StandIn, in_place_of_forward, standing_in
 from ..quantizers import Calibrated
+from .channels import Channels
 from .objective import Gram
 
 Samples = list[tuple[Tensor, ...]]
@@ -51,8 +53,12 @@ class Block:
 
     Attributes:
         samples: A sample of each operation's activations.
-        weights: How many rows each sampled row of an operation stands for, (rows,), where that differs.
-        float_weights: The float model's weight of each operation that has another one now, see :meth:`set_weight`.
+        counts: How many rows each sampled row of an operation stands for, (rows,), where that differs.
+        float_parameters: The float model's value of each weight and bias that is another one now, by name (``fc.weight``).
+        targets: The outputs of the float block, one a call.
+        order: The names of its operations, as they first ran.
+        channels: Values of each channel of inputs that are rescaled by channels, by operation, where a stage needs them.
+        extremes: Minima and maxima by operation and role, (groups,) each, where a stage needs them.
     """
 
     def __init__(self, name: str, module: Callable[..., Any], calls: list[Call], ops: dict[str, QuantOp], seed: int = 0,
@@ -65,8 +71,12 @@ class Block:
         self.float_calls = calls if float_calls is None else float_calls
         self.some_idle = some_idle
         self.samples: dict[str, Samples] = {}
-        self.weights: dict[str, Tensor] = {}
-        self.float_weights: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.float_parameters: dict[str, Tensor] = {}
+        self.targets: list[Any] = []
+        self.order: list[str] = []
+        self.channels: dict[str, Channels] = {}
+        self.extremes: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def call(self, call: Call) -> Any:
         """The output of one call, with the quantizers as they are."""
@@ -80,8 +90,20 @@ class Block:
     @torch.no_grad()
     def run_float(self) -> list[Any]:
         """The outputs of all calls in the float model."""
-        with in_float(self.ops):
+        with self.as_float():
             return [self.call(call) for call in self.float_calls]
+
+    @contextmanager
+    def as_float(self, names: Iterable[str] | None = None) -> Iterator[None]:
+        """Inside, operations (by default all) compute what the float model does, whatever was changed since."""
+        ops = self.ops if names is None else {name: self.ops[name] for name in names}
+        stand_ins = [in_place_of_forward(op, op.float_forward) for op in ops.values()]
+        for key, value in self.float_parameters.items():
+            name, _, kind = key.rpartition('.')
+            if name in ops:
+                stand_ins.append(StandIn(ops[name], kind, value))
+        with standing_in(stand_ins):
+            yield
 
     @torch.no_grad()
     def observe(self, rows: int, visit: Visitor | None = None) -> list[Any]:
@@ -100,7 +122,7 @@ class Block:
         generator = torch.Generator().manual_seed(self.seed)
         rows_a_call = -(-rows // max(len(self.calls), 1))
         samples: dict[str, Samples] = {name: [] for name in self.ops}
-        weights: dict[str, list[Tensor]] = {name: [] for name in self.ops}
+        counts: dict[str, list[Tensor]] = {name: [] for name in self.ops}
 
         def keep(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
             if not all(float(torch.linalg.vector_norm(x)) < LARGEST for x in activations):
@@ -108,12 +130,12 @@ class Block:
                 raise QuantizationError(f'{name} receives activations that are {kind}; check the checkpoint and the calibration images')
             places = op.places(activations, rows_a_call, generator)
             samples[name].append(tuple(x.clone() for x in op.take(activations, places)))
-            if places.weights is not None:
-                weights[name].append(places.weights)
+            if places.counts is not None:
+                counts[name].append(places.counts)
             if visit:
                 visit(name, op, activations)
 
-        with in_float(self.ops), listening(self.ops, keep):
+        with self.as_float(), listening(self.ops, keep):
             outputs = self.run()
         idle = [name for name, found in samples.items() if not found]
         if idle and not self.some_idle:
@@ -121,7 +143,7 @@ class Block:
                                     'images (--calib-images, --calib-cfg)')
         self.ops = {name: op for name, op in self.ops.items() if samples[name]}
         self.samples = {name: merge(samples[name]) for name in self.ops}
-        self.weights = {name: torch.cat(found) for name, found in weights.items() if found}
+        self.counts = {name: torch.cat(found) for name, found in counts.items() if found}
         for name, op in self.ops.items():
             if not all(bool(torch.isfinite(op.compute(*op.operands(*sample)).square().sum())) for sample in self.samples[name]):
                 raise QuantizationError(f'{name} gives outputs too large to be squared; check the checkpoint')
@@ -146,85 +168,101 @@ class Block:
             offset = op.offset()
             sums[name].add(rounded if offset is None else rounded + offset, rounded - plain)
 
-        with in_float(self.ops if self.float_calls is self.calls else {}), listening(ops, add):
+        with self.as_float(self.ops if self.float_calls is self.calls else ()), listening(ops, add):
             for call in self.calls:  # outputs are not kept
                 self.call(call)
         return sums
 
     def state(self) -> dict[str, Tensor]:
-        """All parameters that calibration gave its operations, and weights that it changed, by name."""
+        """All parameters that calibration gave its operations, and weights and biases that it changed, by name."""
         params = {f'{name}.{key}.{param}': value for name, op in self.ops.items() for key, module in op.named_modules()
                   if isinstance(module, Calibrated) for param, value in (module.params or {}).items()}
-        return params | {f'{name}.weight': self.ops[name].get_parameter('weight').detach() for name in self.float_weights}
+        return params | {key: self._parameter(key).detach() for key in self.float_parameters}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Sets the parameters and weights that :meth:`state` returned, by way of a file.
+        """Sets the parameters, weights and biases that :meth:`state` returned, by way of a file.
 
         Raises:
             QuantizationError: If one is missing, too many or does not fit, naming it; before anything is set.
         """
         parts = {f'{name}.{key}.{param}': (module, param) for name, op in self.ops.items() for key, module in op.named_modules()
                  if isinstance(module, Calibrated) for param in module.param_names}
-        weights = {f'{name}.weight': op.get_parameter('weight') for name, op in self.ops.items() if 'weight' in op.roles}
-        odd = sorted(parts.keys() - state.keys()) or sorted(state.keys() - parts.keys() - weights.keys())
+        own = {f'{name}.{kind}': parameter for name, op in self.ops.items() for kind, parameter in changeable(op).items()}
+        odd = sorted(parts.keys() - state.keys()) or sorted(state.keys() - parts.keys() - own.keys())
         if odd:
             raise self._misfit(f'{odd[0]} is missing or too many')
         for key, value in state.items():
             part, param = parts.get(key, (None, ''))
-            fault = part.fault(param, value) if part else weight_fault(weights[key], value)
+            fault = part.fault(param, value) if part else parameter_fault(own[key], value)
             if fault:
                 raise self._misfit(f'{key} {fault}')
         for name, op in self.ops.items():
-            if f'{name}.weight' in state:
-                self.set_weight(name, state[f'{name}.weight'])
+            for kind in changeable(op):
+                if f'{name}.{kind}' in state:
+                    self._change(f'{name}.{kind}', state[f'{name}.{kind}'])
             for key, module in op.named_modules():
                 if isinstance(module, Calibrated):
                     module.set(**{param: state[f'{name}.{key}.{param}'].to(module.place.device) for param in module.param_names})
+
+    def restore(self, before: dict[str, Tensor]) -> None:
+        """Goes back to a state that :meth:`state` returned; what was not calibrated then is not any more."""
+        self.restore_parameters()
+        for name, op in self.ops.items():
+            for kind in changeable(op):
+                if f'{name}.{kind}' in before:
+                    self._change(f'{name}.{kind}', before[f'{name}.{kind}'])
+            for key, module in op.named_modules():
+                if not isinstance(module, Calibrated):
+                    continue
+                params = {param: before.get(f'{name}.{key}.{param}') for param in module.param_names}
+                known = {param: value for param, value in params.items() if value is not None}
+                if len(known) == len(params):
+                    module.set(**known)
+                else:
+                    module.clear()
 
     def _misfit(self, reason: str) -> QuantizationError:
         return QuantizationError(f'the progress of block {self.name} does not fit the model: {reason}; remove the file of progress to '
                                  'calibrate from the start')
 
-    @torch.no_grad()
     def set_weight(self, name: str, weight: Tensor) -> None:
         """Changes the weight of an operation, in place."""
-        parameter = self.ops[name].get_parameter('weight')
-        self.float_weights.setdefault(name, parameter.clone())
-        parameter.copy_(weight)
+        self._change(f'{name}.weight', weight)
+
+    def set_bias(self, name: str, bias: Tensor) -> None:
+        """Changes the bias of an operation that has one, in place."""
+        self._change(f'{name}.bias', bias)
 
     @torch.no_grad()
-    def restore_weights(self) -> None:
-        """Sets the weights back to those of the float model."""
-        for name, weight in self.float_weights.items():
-            self.ops[name].get_parameter('weight').copy_(weight)
-        self.float_weights = {}
+    def restore_parameters(self) -> None:
+        """Sets the weights and biases back to those of the float model."""
+        for key, value in self.float_parameters.items():
+            self._parameter(key).copy_(value)
+        self.float_parameters = {}
+
+    @torch.no_grad()
+    def _change(self, key: str, value: Tensor) -> None:
+        parameter = self._parameter(key)
+        if key not in self.float_parameters:  # another operation that shares it may have changed it already
+            known = [before for other, before in self.float_parameters.items() if self._parameter(other) is parameter]
+            self.float_parameters[key] = known[0] if known else parameter.clone()
+        parameter.copy_(value)
+
+    def _parameter(self, key: str) -> nn.Parameter:
+        name, _, kind = key.rpartition('.')
+        return self.ops[name].get_parameter(kind)
 
 
-def weight_fault(weight: Tensor, value: Tensor) -> str | None:
-    """Why a value cannot be that of a weight, if it is so."""
-    if value.shape != weight.shape or value.dtype != weight.dtype:
-        return f'is of shape {tuple(value.shape)} and {value.dtype}, not {tuple(weight.shape)} and {weight.dtype}'
+def changeable(op: QuantOp) -> dict[str, nn.Parameter]:
+    """The weight and the bias of an operation, those of the two that it has."""
+    return {kind: parameter for kind, parameter in op.named_parameters(recurse=False) if kind in ('weight', 'bias')}
+
+
+def parameter_fault(parameter: Tensor, value: Tensor) -> str | None:
+    """Why a value cannot be that of a parameter, if it is so."""
+    if value.shape != parameter.shape or value.dtype != parameter.dtype:
+        return f'is of shape {tuple(value.shape)} and {value.dtype}, not {tuple(parameter.shape)} and {parameter.dtype}'
     return None if bool(torch.isfinite(value).all()) else 'is not finite'
-
-
-@contextmanager
-def with_forwards(forwards: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Inside, modules have other forwards."""
-    before = [(module, module.__dict__.get('forward')) for module, _ in forwards]
-    for module, forward in forwards:
-        module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module, own in before:
-            del module.forward
-            if own is not None:
-                module.forward = own  # type: ignore[method-assign]
-
-
-def in_float(ops: dict[str, QuantOp]) -> AbstractContextManager[None]:
-    """Inside, the operations compute what the float model does."""
-    return with_forwards([(op, op.float_forward) for op in ops.values()])
 
 
 @contextmanager
@@ -379,7 +417,7 @@ class Stream:
             raise _Reached
 
         forwards = [answer(number) for number in range(len(answers))] + [reach]
-        with with_forwards(list(zip(blocks, forwards, strict=True))):
+        with standing_in(map(in_place_of_forward, blocks, forwards)):
             yield reached
 
 

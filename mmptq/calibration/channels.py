@@ -25,7 +25,7 @@ class Channels:
         self.generator = Generator().manual_seed(seed)
         self.values: list[Tensor] = []
         self.random: list[Tensor] = []
-        self.weights: list[Tensor] = []
+        self.counts: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
         """Adds the tokens of one call, (..., channels)."""
@@ -34,15 +34,15 @@ class Channels:
         if tokens <= 2 * self.tail + self.middle:
             self.values.append(x.contiguous())
             self.random.append(self.values[-1])
-            self.weights.append(torch.ones_like(x))
+            self.counts.append(torch.ones_like(x))
             return
         high, low = x.topk(self.tail, 1).values, x.topk(self.tail, 1, largest=False).values
         middle = x[:, torch.randint(tokens, (self.middle,), generator=self.generator).to(x.device)]
         inside = (middle < high[:, -1:]) & (middle > low[:, -1:])
-        weights = inside * (tokens - 2 * self.tail) / inside.sum(1, keepdim=True).clamp(min=1)
+        counts = inside * (tokens - 2 * self.tail) / inside.sum(1, keepdim=True).clamp(min=1)
         self.values.append(torch.cat([low, middle, high], 1))
         self.random.append(torch.cat([low[:, :1], middle, high[:, :1]], 1))
-        self.weights.append(torch.cat([torch.ones_like(low), weights.to(x.dtype), torch.ones_like(high)], 1))
+        self.counts.append(torch.cat([torch.ones_like(low), counts.to(x.dtype), torch.ones_like(high)], 1))
 
     def spread(self) -> Tensor:
         """A random sample of each channel's values, and its extremes, (channels, values): what a grid is to cover."""
@@ -50,7 +50,7 @@ class Channels:
 
     def screen(self) -> Screen:
         """The squared error of rounding each channel by itself."""
-        return own_error(torch.cat(self.values, 1)[:, None, None], torch.cat(self.weights, 1)[:, None])
+        return own_error(torch.cat(self.values, 1)[:, None, None], torch.cat(self.counts, 1)[:, None])
 
     def zero(self) -> Tensor:
         """Channels that were always zero, (channels,), bool."""

@@ -32,14 +32,14 @@ class Objective:
         root: ``U^T``, (groups or 1, batch, inner, columns); or M itself, with columns = inner, where ``is_gram``.
         residual: ``V U^T - Y``, (groups, batch, rows, columns); or l, where ``is_gram``.
         is_gram: Whether M and l are given.
-        weights: What each row counts, (batch, rows), if not the same.
+        counts: What each row counts, (batch, rows), if not the same.
     """
 
     values: Tensor
     root: Tensor
     residual: Tensor
     is_gram: bool = False
-    weights: Tensor | None = None
+    counts: Tensor | None = None
 
     def gram(self, columns: Tensor) -> Tensor:
         """``M`` times (groups or 1, batch, inner, n)."""
@@ -67,7 +67,7 @@ class Objective:
         Returns:
             (n, groups), float64.
         """
-        return _scores(self.values, self.weights, quantizer, params, self._error_of)
+        return _scores(self.values, self.counts, quantizer, params, self._error_of)
 
     def _error_of(self, group: slice, batch: slice, rows: slice) -> Callable[[Tensor], Tensor]:
         v, residual = (x[group, batch, rows][:, :, None] for x in (self.values, self.residual))
@@ -96,7 +96,7 @@ class Screen:
         target: t, (groups, batch, rows, rank), or None.
         rest: rho, (groups or 1, batch, inner), or None.
         best: b, like the values, or None.
-        weights: As in :class:`Objective`.
+        counts: As in :class:`Objective`.
     """
 
     values: Tensor
@@ -104,11 +104,11 @@ class Screen:
     target: Tensor | None = None
     rest: Tensor | None = None
     best: Tensor | None = None
-    weights: Tensor | None = None
+    counts: Tensor | None = None
 
     def errors(self, quantizer: Quantizer, params: Params) -> Tensor:
         """The error of each candidate, up to a constant; see :meth:`Objective.errors`."""
-        return _scores(self.values, self.weights, quantizer, params, self._error_of)
+        return _scores(self.values, self.counts, quantizer, params, self._error_of)
 
     def _error_of(self, group: slice, batch: slice, rows: slice) -> Callable[[Tensor], Tensor]:
         factor, rest = (x if x is None else _shared(x, group, batch) for x in (self.factor, self.rest))
@@ -140,7 +140,7 @@ def screen(objective: Objective, rank: int) -> Screen:
         if rank < columns:
             projection = torch.randn(columns, rank, generator=generator).to(factor)
             factor, target = factor @ projection, target @ projection
-        return Screen(objective.values, factor, target, weights=objective.weights)
+        return Screen(objective.values, factor, target, counts=objective.counts)
     plain, dtype = objective, objective.values.dtype
     # In float64: M is often so ill-conditioned (a few massive channels) that in float32 the best rows would be noise.
     objective = replace(plain, values=plain.values.double(), root=plain.root.double(), residual=plain.residual.double())
@@ -166,10 +166,10 @@ def screen(objective: Objective, rank: int) -> Screen:
     return Screen(plain.values, factor.to(dtype), target.to(dtype), rest.to(dtype), best.to(dtype))
 
 
-def own_error(values: Tensor, weights: Tensor | None = None) -> Screen:
-    """The squared error of the rounded values themselves, (groups, batch, rows, inner); ``weights`` are (groups, batch, inner)."""
+def own_error(values: Tensor, counts: Tensor | None = None) -> Screen:
+    """The squared error of the rounded values themselves, (groups, batch, rows, inner); ``counts`` are (groups, batch, inner)."""
     values = values.contiguous()
-    return Screen(values, rest=values.new_ones(1, values.shape[1], values.shape[3]) if weights is None else weights, best=values)
+    return Screen(values, rest=values.new_ones(1, values.shape[1], values.shape[3]) if counts is None else counts, best=values)
 
 
 class Gram:
@@ -224,7 +224,7 @@ def shared_by_channels(root: Tensor, weight: Tensor, groups: int) -> Tensor:
     return root.repeat_interleave(weight.shape[1], 0)[:, None]
 
 
-def _scores(values: Tensor, weights: Tensor | None, quantizer: Quantizer, params: Params,
+def _scores(values: Tensor, counts: Tensor | None, quantizer: Quantizer, params: Params,
             error_of: Callable[[slice, slice, slice], Callable[[Tensor], Tensor]]) -> Tensor:
     """The errors of all candidates, (n, groups) in float64, by pieces.
 
@@ -247,8 +247,8 @@ def _scores(values: Tensor, weights: Tensor | None, quantizer: Quantizer, params
                 for few in _slices(count, n):
                     rounded = rounder(**{name: value[few] for name, value in own.items()})
                     each = error(rounded)  # (groups, batch, n, rows)
-                    if weights is not None:
-                        each = each * weights[one, None, row]
+                    if counts is not None:
+                        each = each * counts[one, None, row]
                     errors[few, group] += each.sum((1, 3), dtype=torch.float64).t()
     return errors
 

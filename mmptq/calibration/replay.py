@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..layers import QuantOp
-from .capture import versions, with_forwards
+from ..layers.standins import in_place_of_forward, standing_in
+from .capture import versions
 
 
 class Replay:
@@ -65,5 +66,5 @@ def replayed(module: Callable[..., Any], first: QuantOp) -> Iterator[Replay]:
     def controlled(part: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: replay.answered(part, own, *args, **kwargs)
 
-    with with_forwards([(part, controlled(part, part.forward)) for part in parts]):
+    with standing_in([in_place_of_forward(part, controlled(part, part.forward)) for part in parts]):
         yield replay

@@ -96,7 +96,7 @@ def _total(parts: Judges, quantizer: Quantizer, params: Params) -> Tensor:
 
 
 @torch.no_grad()
-def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, weights: Tensor | None = None, final: bool = True) -> bool:
+def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, counts: Tensor | None = None, final: bool = True) -> bool:
     """Sets one operand's quantizer to the parameters of least output error, each channel or head by itself.
 
     The other operands pass through their quantizers as they are, float where not calibrated.
@@ -106,7 +106,7 @@ def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, weights: Tensor
         role: The operand.
         samples: Activations of the operation.
         plan: How finely.
-        weights: What each row of the (then single) sample counts, (rows,), if not the same.
+        counts: What each row of the (then single) sample counts, (rows,), if not the same.
         final: Compare the best on all rows; else on those for screening.
 
     Returns:
@@ -125,7 +125,7 @@ def search(op: QuantOp, role: str, samples: Samples, plan: FPCS, weights: Tensor
         few, some = max(1, rows // plan.screen), max(1, rows // (SOME * plan.screen))
         thin = sorted({few, some, 1}, reverse=True) if final else [few]
     values = torch.cat([x.flatten(1) for x in tensors], 1)
-    parts = [objectives(op, role, activations, weights, thin) for activations in samples]
+    parts = [objectives(op, role, activations, counts, thin) for activations in samples]
     first, *others = [list(level) for level in zip(*parts, strict=True)]
     return _choose(quantizer, values, first, others, plan)
 
@@ -147,7 +147,7 @@ def _choose(quantizer: Quantizer, values: Tensor, first: list[Objective], others
     return present is None or any(not torch.equal(value, present[name].to(value.dtype)) for name, value in params.items())
 
 
-def objectives(op: QuantOp, role: str, activations: tuple[Tensor, ...], weights: Tensor | None = None,
+def objectives(op: QuantOp, role: str, activations: tuple[Tensor, ...], counts: Tensor | None = None,
                thin: Sequence[int] = (1,)) -> list[Objective]:
     """The error of an operation's output as a function of one operand's quantizer, the others as they are.
 
@@ -155,7 +155,7 @@ def objectives(op: QuantOp, role: str, activations: tuple[Tensor, ...], weights:
         op: The operation.
         role: The operand.
         activations: A sample of its activations; the target is the float output on them.
-        weights: What each row of the output counts, (rows,).
+        counts: What each row of the output counts, (rows,).
         thin: Of so many rows of the operand, or of tokens for a weight, one is taken, large ones by preference.
 
     Returns:
@@ -169,31 +169,31 @@ def objectives(op: QuantOp, role: str, activations: tuple[Tensor, ...], weights:
     difference = rounded - factors[1 - index]
     if role == 'weight':
         tokens = rounded if offset is None else rounded + offset
-        return [_of_weight(op, factors[1], tokens[0], difference[0], weights, every) for every in thin]
+        return [_of_weight(op, factors[1], tokens[0], difference[0], counts, every) for every in thin]
     root, difference = (_by_group(op, role, x.transpose(-1, -2)) for x in (rounded, difference))  # (groups, batch, inner, columns)
     if root.shape[:2].numel() == 1 and root.shape[3] > root.shape[2]:  # the outputs lie in a space of fewer dimensions
         basis, triangle = torch.linalg.qr(root.transpose(-1, -2))
         root, difference = triangle.transpose(-1, -2), difference @ basis
     values = _by_group(op, role, factors[index]).contiguous()
-    counts = weights.expand(values.shape[1], -1) if weights is not None and index == 0 else None
+    row_counts = counts.expand(values.shape[1], -1) if counts is not None and index == 0 else None
     result = []
     for every in thin:
-        some, share = values, counts
+        some, share = values, row_counts
         if 1 < every <= values.shape[2]:
             norms = torch.linalg.vector_norm(values, dim=(0, 3))  # (batch, rows)
-            places, share = prefer_large(norms, values.shape[2] // every, 0.5, counts)
+            places, share = prefer_large(norms, values.shape[2] // every, 0.5, row_counts)
             some = values.gather(2, places[None, :, :, None].expand(values.shape[0], -1, -1, values.shape[3]))
-        result.append(Objective(some, root, (some if offset is None else some + offset) @ difference, weights=share))
+        result.append(Objective(some, root, (some if offset is None else some + offset) @ difference, counts=share))
     return result
 
 
-def _of_weight(op: QuantOp, weight: Tensor, tokens: Tensor, error: Tensor, weights: Tensor | None, every: int) -> Objective:
+def _of_weight(op: QuantOp, weight: Tensor, tokens: Tensor, error: Tensor, counts: Tensor | None, every: int) -> Objective:
     """The objective of a weight (1, heads, columns, inner) given rounded tokens and their errors, (heads, tokens, inner)."""
     if every > 1 and tokens.shape[1] >= every:
-        index, weights = prefer_large(torch.linalg.vector_norm(tokens, dim=(0, 2)), tokens.shape[1] // every, 0.5, weights)
+        index, counts = prefer_large(torch.linalg.vector_norm(tokens, dim=(0, 2)), tokens.shape[1] // every, 0.5, counts)
         tokens, error = tokens[:, index], error[:, index]
-    if weights is not None:
-        tokens, error = (x * weights.sqrt()[:, None] for x in (tokens, error))
+    if counts is not None:
+        tokens, error = (x * counts.sqrt()[:, None] for x in (tokens, error))
     groups = _channels(op, weight)
     if tokens.shape[1] > tokens.shape[2]:  # the cheaper form
         gram = Gram()

@@ -116,10 +116,10 @@ def checked_about(about: Any, source: str) -> dict[str, Any]:
     except QuantizationError as error:
         raise QuantizationError(f'{source}: {error}') from None
     bits = found.bits.model_dump()
-    if bits != recipe.to_dict()['bits'] or found.method != recipe.method['type']:
+    if bits != recipe.to_dict()['bits'] or found.method != recipe.method_name:
         raise QuantizationError(
             f'{source} contradicts itself: it says {found.method}, bits {bits}, and its recipe says '
-            f'{recipe.method["type"]}, bits {recipe.to_dict()["bits"]}'
+            f'{recipe.method_name}, bits {recipe.to_dict()["bits"]}'
         )
     return {**content, 'recipe': recipe.to_dict()}
 

@@ -78,7 +78,8 @@ def calibrate_model(model: Any, images: CalibrationSet, seed: int, logger: loggi
                                    'other images (--calib-images, --calib-cfg) may change that')
                 leave_float(model, report, idle)
                 del block
-            calibrate(model.backbone, names, backbone_calls(model, images.batches()), method, seed, done, on_calls, on_block)
+            calibrate(model.backbone, names, backbone_calls(model, images.batches()), method, seed, done, on_calls, on_block,
+                      report.recipe.propagate_error)
         except (MemoryError, torch.cuda.OutOfMemoryError) as error:
             raise out_of_memory(str(error)) from None
         except RuntimeError as error:

@@ -167,7 +167,7 @@ class PTQHook(Hook):
                            peak_memory_mib=round(peak.mib(), 1))
         recipe = report.recipe.to_dict()
         sqnr = {name: value for result in results for name, value in result.sqnr_db.items()}
-        self.summary = dict(version=__version__, method=recipe['method']['type'], recipe=recipe, bits=recipe['bits'], scope=report.scope,
+        self.summary = dict(version=__version__, method=report.recipe.method_name, recipe=recipe, bits=recipe['bits'], scope=report.scope,
                             calibration=calibration, float=self.float_result, quantized=None, size=model_size(model),
                             layers=layer_rows(model, skipped_layers(model, report), sqnr))
         if is_main_process():

@@ -22,11 +22,11 @@ class Places:
 
     Attributes:
         index: Indices, as the kind of operation needs them.
-        weights: How many rows each sampled row stands for, (rows,); None if all stand for the same number.
+        counts: How many rows each sampled row stands for, (rows,); None if all stand for the same number.
     """
 
     index: tuple[Tensor, ...]
-    weights: Tensor | None = None
+    counts: Tensor | None = None
 
 
 class QuantOp(nn.Module):
@@ -119,20 +119,20 @@ def pick(count: int, size: int, generator: Generator, device: torch.device) -> T
     return indices.sort().values.to(device)
 
 
-def prefer_large(norms: Tensor, count: int, offset: float, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def prefer_large(norms: Tensor, count: int, offset: float, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A systematic sample of rows, half of it in proportion to their squares: a few massive rows may make most of an error.
 
     Args:
         norms: Of the rows, (..., rows).
         count: Size of the sample; a massive row may be there several times.
         offset: Where it starts, from 0 to 1.
-        weights: What each row counts, (..., rows), if not the same.
+        counts: What each row counts, (..., rows), if not the same.
 
     Returns:
         Indices, ascending, and what each row of the sample counts, (..., count): the weighted sum of anything over the sample is on
         the average its sum over all rows. All rows, if there are not more than ``count``.
     """
-    present = torch.ones_like(norms) if weights is None else weights
+    present = torch.ones_like(norms) if counts is None else counts
     if count >= norms.shape[-1]:
         return torch.arange(norms.shape[-1], device=norms.device).expand(norms.shape), present
     plain, energy = present.double(), present.double() * norms.double().square()
@@ -217,8 +217,8 @@ class QuantLinear(QuantOp, nn.Linear):
     def places(self, activations: tuple[Tensor, ...], rows: int, generator: Generator) -> Places:
         """Tokens, the large ones more often: a few massive activations may make most of the error."""
         norms = torch.linalg.vector_norm(activations[0], dim=-1).view(-1)
-        index, weights = prefer_large(norms, rows, float(torch.rand((), generator=generator)))
-        return Places((index,), weights)
+        index, counts = prefer_large(norms, rows, float(torch.rand((), generator=generator)))
+        return Places((index,), counts)
 
     def take(self, activations: tuple[Tensor, ...], places: Places | None = None) -> tuple[Tensor, ...]:
         x = activations[0].reshape(-1, activations[0].shape[-1])  # (tokens, in)
@@ -285,8 +285,8 @@ class QuantConv2d(QuantOp, nn.Conv2d):
         x = activations[0].square().sum(1, keepdim=True)
         size = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size, strict=True)]
         norms = F.avg_pool2d(x, size, self.stride).sqrt().flatten()  # of the receptive fields, but for a factor
-        index, weights = prefer_large(norms, rows, float(torch.rand((), generator=generator)))
-        return Places((index,), weights)
+        index, counts = prefer_large(norms, rows, float(torch.rand((), generator=generator)))
+        return Places((index,), counts)
 
     def take(self, activations: tuple[Tensor, ...], places: Places | None = None) -> tuple[Tensor, ...]:
         fields = self._fields(activations[0])

@@ -1,8 +1,8 @@
 """HOW parameters are chosen: one paper, one file."""
 from .adalog import AdaLog
-from .base import Method
-from .brecq import AdaLogBRECQ
+from .adalog_brecq import AdaLogBRECQ
+from .brecq import BRECQ
 from .minmax import MinMax
 from .uqvit import UQViT
 
-__all__ = ['AdaLog', 'AdaLogBRECQ', 'Method', 'MinMax', 'UQViT']
+__all__ = ['BRECQ', 'AdaLog', 'AdaLogBRECQ', 'MinMax', 'UQViT']

@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..calibration.capture import Block
 from ..calibration.channels import Channels
 from ..calibration.search import COARSE, FPCS, fpcs, search, search_weight
+from ..calibration.stage import Needs
 from ..layers import GeluShift, QuantLinear, QuantOp, Rescale, per_channel_rescale
 from ..layers.rescale import GELU_MINIMUM
 from .base import require_flags, require_positive
@@ -54,22 +54,19 @@ class AdaLog:
         require_positive(self, 'steps', 'width', 'candidates', 'rank', 'rounds', 'rows', 'screen')
         require_flags(self, 'all_tokens', 'propagate_error')
 
-    def calibrate(self, block: Block) -> list[Any]:
-        """See :class:`mmptq.methods.Method`."""
+    @property
+    def needs(self) -> Needs:
+        """A sample of activations, and values of channels for the reparameterisation after LayerNorm."""
+        return Needs(rows=self.rows, channels=max(1, self.rows // CHANNEL_PART))
+
+    def calibrate(self, block: Block) -> bool:
+        """See :class:`mmptq.calibration.Stage`."""
         plan = FPCS(self.steps, self.width, self.candidates, self.rank, self.screen)
         # For what changes again.
         brief = replace(plan, steps=min(self.steps, COARSE), candidates=max(1, self.candidates // 2), rank=max(1, self.rank // 2))
-        channels = {name: Channels(len(block.calls), max(1, self.rows // CHANNEL_PART), block.seed) for name, op in block.ops.items()
-                    if isinstance(op_rescale(op), Rescale)}
-
-        def visit(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
-            if name in channels:
-                channels[name].add(activations[0])
-
-        outputs = block.observe(self.rows, visit)
         for name, op in block.ops.items():
             samples = block.samples[name]
-            reparameterize(op, channels.get(name), plan)
+            reparameterize(op, block.channels.get(name), plan)
             changed = True
             for number in range(self.rounds):
                 last = number == self.rounds - 1
@@ -79,11 +76,11 @@ class AdaLog:
                     if number and not last and not changed:
                         continue  # the other operand is as it was when this one was searched
                     thorough = last or (number == 0 and role != 'weight')  # the first base and scale decide where the others are looked for
-                    changed = search(op, role, samples, plan if thorough else brief, block.weights.get(name), last)
+                    changed = search(op, role, samples, plan if thorough else brief, block.counts.get(name), last)
         if self.all_tokens:
             for name, gram in block.grams().items():
                 search_weight(block.ops[name], gram, block.samples[name], plan)
-        return outputs
+        return True
 
 
 def op_rescale(op: QuantOp) -> Rescale | GeluShift | None:

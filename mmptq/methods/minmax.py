@@ -2,13 +2,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ..calibration.capture import Block
-from ..layers import QuantOp
+from ..calibration.stage import Needs
 from .base import require_flags, require_positive
 
 
@@ -28,23 +27,15 @@ class MinMax:
         require_positive(self, 'rows')
         require_flags(self, 'propagate_error')
 
+    @property
+    def needs(self) -> Needs:
+        """Minima and maxima, and rows to measure the error."""
+        return Needs(rows=self.rows, extremes=True)
+
     @torch.no_grad()
-    def calibrate(self, block: Block) -> list[Any]:
-        """See :class:`mmptq.methods.Method`."""
-        ranges: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-
-        def widen(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
-            for role, operand in zip(op.roles, op.operands(*activations), strict=True):
-                if op.quantizer(role).dynamic or not op.quantizer(role).param_names:
-                    continue
-                values = op.quantizer(role).grouped(operand)
-                low, high = values.amin(1), values.amax(1)
-                if (name, role) in ranges:
-                    low, high = torch.minimum(low, ranges[name, role][0]), torch.maximum(high, ranges[name, role][1])
-                ranges[name, role] = low, high
-
-        outputs = block.observe(self.rows, widen)
-        for (name, role), (low, high) in ranges.items():
+    def calibrate(self, block: Block) -> bool:
+        """See :class:`mmptq.calibration.Stage`."""
+        for (name, role), (low, high) in block.extremes.items():
             quantizer = block.ops[name].quantizer(role)
             quantizer.set(**{key: quantizer.ungrouped(value) for key, value in quantizer.range_params(low, high).items()})
-        return outputs
+        return True

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from ..calibration.capture import Block, Samples, in_float, with_forwards
+from ..calibration.capture import Block, Samples
 from ..calibration.ranges import least_error
 from ..calibration.replay import replayed
+from ..calibration.stage import Needs
 from ..errors import QuantizationError
 from ..layers import GeluShift, QuantLinear, QuantMatMul, QuantOp, Rescale, largest_rescale, per_channel_rescale, prefer_large
 from ..layers.rescale import GELU_MINIMUM
+from ..layers.standins import StandIn, in_place_of_forward, standing_in
 from ..quantizers import Calibrated, Params, Quantizer, UniformQuantizer
 from .base import require_flags, require_positive
 
@@ -67,11 +69,10 @@ class Candidate:
 
     @contextmanager
     def tried(self, op: QuantLinear) -> Iterator[None]:
-        """Inside, the layer is like this; the weight is not rounded again. The parameters stay, unchecked: :meth:`settle` follows."""
-        for part, params in self.parts(op):
-            for name, value in params.items():
-                setattr(part, name, value)
-        with with_forwards([(op.quantizer('weight'), lambda weight: self.rounded)]):
+        """Inside, the layer is like this; the weight is not rounded again. The parameters are not checked: :meth:`settle` does that."""
+        parameters = [StandIn(part, name, value) for part, params in self.parts(op) for name, value in params.items()]
+        rounded = in_place_of_forward(op.quantizer('weight'), lambda weight: self.rounded)
+        with standing_in([*parameters, rounded]):
             yield
 
 
@@ -106,26 +107,26 @@ class UQViT:
             if not (isinstance(values, list | tuple) and values and all(_is_alpha(value) or (none and value is None) for value in values)):
                 raise ValueError(f'{name} must be a list of numbers from 0 to 1{" or None" * none}, at least one, not {values!r}')
 
+    @property
+    def needs(self) -> Needs:
+        """A sample of activations."""
+        return Needs(rows=self.rows)
+
     @torch.no_grad()
-    def calibrate(self, block: Block) -> list[Any]:
-        """See :class:`mmptq.methods.Method`.
+    def calibrate(self, block: Block) -> bool:
+        """See :class:`mmptq.calibration.Stage`.
 
         Raises:
             QuantizationError: If an input is to be rescaled, and the block's output has no tensors by which to compare alphas.
         """
-        order: dict[str, QuantOp] = {}
-
-        def visit(name: str, op: QuantOp, activations: tuple[Tensor, ...]) -> None:
-            order.setdefault(name, op)
-
-        outputs = block.observe(self.rows, visit)
+        order, outputs = {name: block.ops[name] for name in block.order}, block.targets
         rescaled = [name for name, op in order.items() if isinstance(op, QuantLinear) and isinstance(op.rescale, Rescale)]
         if rescaled and not _tensors(outputs):
             raise QuantizationError(f'{rescaled[0]}: alphas are compared by the output of the block, {block.name} give no tensors; drop '
                                     f'the option rescale of the quantizer of site {order[rescaled[0]].sites["input"]}')
         for name, op in order.items():
             if not isinstance(op, QuantLinear) or not isinstance(op.rescale, Rescale):
-                set_ranges(op, block.samples[name], block.weights.get(name))
+                set_ranges(op, block.samples[name], block.counts.get(name))
         floats = dict(order)  # what is not reached yet
         for name, op in order.items():
             if name not in floats:
@@ -133,17 +134,17 @@ class UQViT:
             del floats[name]
             products = [floats.pop(other) for other in list(takewhile(lambda other: isinstance(order[other], QuantMatMul), floats))]
             if isinstance(op, QuantLinear) and isinstance(op.rescale, Rescale):
-                candidates = self._candidates(op, block.samples[name][0][0], block.weights[name])
+                candidates = self._candidates(op, block.samples[name][0][0], block.counts[name])
                 probabilities = [product.quantizer('left') for product in products if product.sites['left'] == 'post_softmax']
-                with in_float(floats), with_forwards([(quantizer, as_it_is) for quantizer in probabilities]):
+                with block.as_float(floats), standing_in([in_place_of_forward(quantizer, as_it_is) for quantizer in probabilities]):
                     errors = output_errors(block, op, candidates, outputs, self.images)
                 candidates[int(errors.argmin())].settle(op)
-        return outputs
+        return True
 
-    def _candidates(self, op: QuantLinear, x: Tensor, weights: Tensor) -> list[Candidate]:
+    def _candidates(self, op: QuantLinear, x: Tensor, counts: Tensor) -> list[Candidate]:
         """What each alpha makes of a layer, given a sample of its inputs (rows, in) and what each row counts, (rows,)."""
         quantizer, columns = op.quantizer('input'), column_scales(op)
-        channels = least_error(quantizer, x.t(), weights)  # each channel by itself
+        channels = least_error(quantizer, x.t(), counts)  # each channel by itself
         if op.sites['input'] == 'post_norm':
             zero = (x == 0).all(0)
             changes = [per_channel_rescale(channels, zero, alpha, columns) for alpha in self.alphas]
@@ -151,8 +152,8 @@ class UQViT:
             largest = largest_magnitudes(quantizer, channels, x)
             plain = torch.ones_like(largest), torch.zeros_like(largest)
             changes = [plain if alpha is None else (largest_rescale(largest, alpha, columns), plain[1]) for alpha in self.plain_alphas]
-        places, weights = prefer_large(torch.linalg.vector_norm(x, dim=1), max(1, self.rows // RANGE_PART), 0.5, weights)
-        each = weights.repeat_interleave(x.shape[1])
+        places, counts = prefer_large(torch.linalg.vector_norm(x, dim=1), max(1, self.rows // RANGE_PART), 0.5, counts)
+        each = counts.repeat_interleave(x.shape[1])
         return [Candidate.made(op, x[places], each, r, b) for r, b in changes]
 
 
@@ -205,7 +206,7 @@ def in_the_race(errors: Tensor, sure: float) -> list[int]:
     return (~surely_larger).nonzero()[:, 0].tolist()
 
 
-def set_ranges(op: QuantOp, samples: Samples, weights: Tensor | None) -> None:
+def set_ranges(op: QuantOp, samples: Samples, counts: Tensor | None) -> None:
     """Sets the quantizers of an operation, but for dynamic ones, to the percentile range of least squared error of the operand."""
     if isinstance(op, QuantLinear) and isinstance(op.rescale, GeluShift):
         op.rescale.set(shift=op.weight.new_tensor(GELU_MINIMUM))
@@ -216,7 +217,7 @@ def set_ranges(op: QuantOp, samples: Samples, weights: Tensor | None) -> None:
             quantizer.set(**weight_params(quantizer, op.operands(*samples[0])[index]))
             continue
         values = torch.cat([quantizer.grouped(op.operands(*sample)[index]) for sample in samples], 1)
-        each = None if weights is None else weights.repeat_interleave(values.shape[1] // len(weights))
+        each = None if counts is None else counts.repeat_interleave(values.shape[1] // len(counts))
         found = least_error(quantizer, values, each)
         quantizer.set(**{name: quantizer.ungrouped(value[None])[0] for name, value in found.items()})
 

@@ -9,7 +9,7 @@ from mmptq.apis import load_recipe, recipe_names
 from mmptq.backbones import SITES, Bits, Recipe
 from mmptq.backbones.presets import recipe_of
 from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Rescale
-from mmptq.methods import AdaLog, MinMax
+from mmptq.methods import BRECQ, AdaLog, MinMax, UQViT
 from mmptq.quantizers import AdaLogQuantizer, Float, UniformQuantizer
 
 from ..conftest import recipe
@@ -232,3 +232,50 @@ def test_a_checked_recipe_does_not_hang_on_the_given_dict():
     raw['quantizers']['query']['type'] = 'Nothing'
     raw['method']['type'] = 'Nothing'
     assert isinstance(loaded.build_quantizer('query', None), UniformQuantizer) and isinstance(loaded.build_method(), AdaLog)
+
+
+# Stages.
+
+def staged(*stages, **keys):
+    """The recipe adalog_w4a4 with stages for its method."""
+    return {**{key: value for key, value in load_recipe('adalog_w4a4').items() if key != 'method'}, 'stages': list(stages), **keys}
+
+
+def with_method(**method):
+    return {**load_recipe('adalog_w4a4'), 'method': method}
+
+
+@pytest.mark.parametrize(('stages', 'method'), [
+    (staged(dict(type='AdaLog', rows=64)), with_method(type='AdaLog', rows=64)),
+    (staged(dict(type='AdaLog'), propagate_error=True), with_method(type='AdaLog', propagate_error=True)),
+    (staged(dict(type='AdaLog', rows=64), dict(type='BRECQ', batch=3)), with_method(type='AdaLogBRECQ', rows=64, batch=3)),
+    (with_method(type='AdaLog') | dict(propagate_error=True), with_method(type='AdaLog', propagate_error=True)),
+])
+def test_a_method_is_short_for_stages(stages, method):
+    loaded, short = Recipe.from_dict(stages), Recipe.from_dict(method)
+    assert loaded == short and loaded.to_dict() == short.to_dict() and loaded.method_name == method['method']['type']
+
+
+def test_stages_without_a_short_name():
+    raw = staged(dict(type='UQViT'), dict(type='BRECQ', batch=3), propagate_error=False)
+    loaded = Recipe.from_dict(raw)
+    first, second = loaded.build_method()
+    assert isinstance(first, UQViT) and second == BRECQ(batch=3) and loaded.propagate_error is False
+    assert loaded.method_name == 'UQViT+BRECQ' and loaded.to_dict() == raw and Recipe.from_dict(loaded.to_dict()) == loaded
+    assert Recipe.from_dict(staged(*raw['stages'])).propagate_error is None
+
+
+@pytest.mark.parametrize(('raw', 'words'), [
+    (staged(), ['stages', 'list']), (staged('AdaLog'), ['stage 1', 'dict']), (staged({1: 2}), ['stage 1', 'dict']),
+    (staged(dict(type='AdaLog')) | dict(method=dict(type='AdaLog')), ['method', 'stages', 'one of the two']),
+    (staged(dict(type='BRECQ')), ['BRECQ', 'before it']), (staged(dict(type='BRECQ'), dict(type='AdaLog')), ['BRECQ', 'before it']),
+    (staged(dict(type='UQViT'), dict(type='os.system')), ['stage 2', "unknown type 'os.system'"]),
+    (staged(dict(type='UQViT'), dict(type='BRECQ', batch=0)), ['stage 2', 'batch']),
+    (staged(dict(type='UQViT', propagate_error=True), dict(type='BRECQ')), ['propagate_error', 'stage 1']),
+    (staged(dict(type='AdaLog'), propagate_error='yes'), ['propagate_error', "'yes'"]),
+    (staged(dict(type='AdaLog', batch=3), dict(type='BRECQ')), ['stage 1', 'batch']),
+])
+def test_stages_that_make_no_sense_are_refused(raw, words):
+    with pytest.raises(QuantizationError) as error:
+        Recipe.from_dict(raw)
+    assert all(word in str(error.value) for word in words)

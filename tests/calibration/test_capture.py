@@ -377,20 +377,20 @@ def test_samples_say_how_many_rows_they_stand_for():
     block.observe(30)
     for name in ('stage.0', 'stage.1'):
         (sample,), = block.samples[name]
-        weights = block.weights[name]
+        weights = block.counts[name]
         assert weights.shape == (len(sample),) and (weights > 0).all() and 90 < weights.sum() < 210  # of 150 rows
     block.observe(10**6)
-    assert all((weights == 1).all() and len(weights) == 150 for weights in block.weights.values())
+    assert all((weights == 1).all() and len(weights) == 150 for weights in block.counts.values())
 
 
 def test_samples_of_a_convolution_say_how_many_rows_they_stand_for():
     op = equip(QuantConv2d.from_float(nn.Conv2d(3, 5, 3, padding=1, groups=1)))
     block = Block('conv', op, [Call((image(12, 10),)), Call((image(9, 14, 1),))], {'conv': op})
     block.observe(60)
-    assert block.samples['conv'][0][0].shape == (60, 3, 3, 3) and block.weights['conv'].shape == (60,)
-    assert 120 < block.weights['conv'].sum() < 370  # of 246 rows
+    assert block.samples['conv'][0][0].shape == (60, 3, 3, 3) and block.counts['conv'].shape == (60,)
+    assert 120 < block.counts['conv'].sum() < 370  # of 246 rows
     block.observe(10**6)
-    assert torch.equal(block.weights['conv'], torch.ones(246))
+    assert torch.equal(block.counts['conv'], torch.ones(246))
 
 
 def test_what_is_calibrated_does_not_change_samples_and_float_outputs():
@@ -485,22 +485,27 @@ def test_state_is_loaded_again():
     assert two_layers().state() == {}
 
 
+def calibrated_params(block):
+    """Parameters for all quantizers of a block."""
+    values = dict(scale=torch.tensor(1.0), zero_point=torch.tensor(1, dtype=torch.int32))
+    return {f'{name}.{role}_quantizer.{key}': value for name in block.ops for role in ('input', 'weight')
+            for key, value in values.items()}
+
+
 def test_changed_weights_are_part_of_the_state_and_are_taken_back():
     block, other = two_layers(), two_layers()
     before, parameter = block.module[0].weight.clone(), block.module[0].weight
     block.set_weight('stage.0', before + 1)
     block.set_weight('stage.0', before + 2)
     assert block.module[0].weight is parameter and torch.equal(parameter, before + 2)
-    assert torch.equal(block.float_weights['stage.0'], before) and list(block.float_weights) == ['stage.0']
+    assert torch.equal(block.float_parameters['stage.0.weight'], before) and list(block.float_parameters) == ['stage.0.weight']
     state = block.state()
     assert set(state) == {'stage.0.weight'} and torch.equal(state['stage.0.weight'], before + 2)
-    state = {**state, **{f'{name}.{role}_quantizer.{key}': torch.tensor(1.0) for name in block.ops for role in ('input', 'weight')
-                         for key in ('scale', 'zero_point')}}
-    other.load(state)
+    other.load({**state, **calibrated_params(block)})
     assert torch.equal(other.module[0].weight, before + 2)
     for one in (block, other):
-        one.restore_weights()
-        assert torch.equal(one.module[0].weight, before) and one.float_weights == {}
+        one.restore_parameters()
+        assert torch.equal(one.module[0].weight, before) and one.float_parameters == {}
 
 
 def test_products_are_sampled_with_both_operands():
@@ -508,7 +513,7 @@ def test_products_are_sampled_with_both_operands():
     block = Block('pv', op, [Call((torch.rand(6, 2, 5, 5), torch.randn(6, 2, 5, 4)))] * 2, operations(op, 'pv.'))
     block.observe(20)
     left, right = block.samples['pv'][0]
-    assert left.shape == (4, 2, 5, 5) and right.shape == (4, 2, 5, 4) and 'pv' not in block.weights
+    assert left.shape == (4, 2, 5, 5) and right.shape == (4, 2, 5, 4) and 'pv' not in block.counts
 
 
 def test_sums_pass_over_empty_activations():
@@ -517,3 +522,55 @@ def test_sums_pass_over_empty_activations():
     for name, gram in block.grams().items():
         parts = [one.objective(torch.eye(4)[None], 1) for one in (gram, whole.grams()[name])]
         assert torch.equal(parts[0].root, parts[1].root) and torch.equal(parts[0].linear(), parts[1].linear())
+
+
+def test_a_block_as_float_is_float_whatever_was_changed():
+    """Weights, biases and quantizers; afterwards all is as it was, also after an error."""
+    block = two_layers()
+    expected = block.run()
+    for name, op in block.ops.items():
+        block.set_weight(name, 2 * op.weight.detach())
+        block.set_bias(name, op.bias.detach() - 1)
+        for quantizer in op.quantizers().values():
+            quantizer.set(scale=torch.tensor(0.7), zero_point=torch.tensor(3, dtype=torch.int32))
+    changed, state = block.run(), block.state()
+    with block.as_float():
+        assert all(torch.equal(*pair) for pair in zip(block.run(), expected, strict=True))
+    with pytest.raises(ZeroDivisionError), block.as_float():
+        raise ZeroDivisionError
+    assert all(torch.equal(*pair) for pair in zip(block.run(), changed, strict=True))
+    assert all(torch.equal(value, state[key]) for key, value in block.state().items())
+    assert all(torch.equal(*pair) for pair in zip(block.run_float(), expected, strict=True))
+    _, second = block.module
+    with block.as_float(['stage.0']), torch.no_grad():
+        x = block.calls[0].args[0]
+        assert torch.equal(block.module(x), second(nn.functional.linear(
+            x, block.float_parameters['stage.0.weight'], block.float_parameters['stage.0.bias'])))
+
+
+def test_changed_biases_are_part_of_the_state_and_are_taken_back():
+    block, other = two_layers(), two_layers()
+    before = block.module[1].bias.detach().clone()
+    block.set_bias('stage.1', before + 1)
+    assert set(block.state()) == {'stage.1.bias'} and torch.equal(block.module[1].bias, before + 1)
+    parameters = calibrated_params(block)
+    with pytest.raises(QuantizationError, match=r'stage\.1\.bias is of shape \(3,\)'):
+        other.load({**parameters, 'stage.1.bias': torch.zeros(3)})
+    assert torch.equal(other.module[1].bias, before)
+    other.load({**parameters, **block.state()})
+    assert torch.equal(other.module[1].bias, before + 1)
+    other.restore_parameters()
+    assert torch.equal(other.module[1].bias, before)
+
+
+def test_a_weight_that_two_operations_share_is_restored():
+    block = two_layers()
+    block.module[1].weight = block.module[0].weight
+    before = block.module[0].weight.detach().clone()
+    for number, name in enumerate(block.ops):
+        block.set_weight(name, before + number + 1)
+    with block.as_float():
+        assert torch.equal(block.module[0].weight, before)
+    assert torch.equal(block.module[0].weight, before + 2)
+    block.restore_parameters()
+    assert torch.equal(block.module[0].weight, before)

@@ -206,10 +206,10 @@ def test_a_thinned_objective_is_that_of_some_rows():
     params = candidates(op, 'input', [(x,)])
     whole, thin = objectives(op, 'input', (x,), weights, (1, 4))
     index = rows_of(thin.values[0, 0], x)
-    assert thin.values.shape == (1, 1, 100, 7) and thin.weights.shape == (1, 100) and torch.equal(thin.values[0, 0], x[index])
+    assert thin.values.shape == (1, 1, 100, 7) and thin.counts.shape == (1, 100) and torch.equal(thin.values[0, 0], x[index])
     assert set(range(0, 400, 160)) <= set(index.tolist())  # massive rows are never missed
     found = thin.errors(op.input_quantizer, params)
-    np.testing.assert_allclose(found, direct(op, 'input', [(x[index],)], params, thin.weights[0]), rtol=1e-4)
+    np.testing.assert_allclose(found, direct(op, 'input', [(x[index],)], params, thin.counts[0]), rtol=1e-4)
     error = (found / whole.errors(op.input_quantizer, params)).log().abs().mean()
     plain = weights[::4] * 4
     assert error < 0.1
@@ -224,12 +224,12 @@ def test_a_thinned_product_has_rows_of_each_of_the_batch(batch, rows, every):
     params = candidates(op, 'right', [(left, right)])
     thin = objective(op, 'right', (left, right), every=every)
     few = rows // every
-    assert thin.values.shape == (2, batch, few, 5) and thin.weights.shape == (batch, few)
+    assert thin.values.shape == (2, batch, few, 5) and thin.counts.shape == (batch, few)
     chosen = [rows_of(thin.values[0, number], right.mT[number, 0]) for number in range(batch)]
     for number, index in enumerate(chosen):
         assert torch.equal(rows_of(thin.values[1, number], right.mT[number, 1]), index)
     expected = sum(float(weight) * direct(op, 'right', [(left[[number]], right[[number]][..., [place]])], params)
-                   for number, index in enumerate(chosen) for place, weight in zip(index, thin.weights[number], strict=True))
+                   for number, index in enumerate(chosen) for place, weight in zip(index, thin.counts[number], strict=True))
     np.testing.assert_allclose(thin.errors(op.right_quantizer, params), expected, rtol=1e-4)
 
 

@@ -11,7 +11,7 @@ from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Resca
 from mmptq.methods import AdaLog, MinMax
 from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer
 
-from ..conftest import FAST, SWIN, VIT, equip, image, quantizable, rescaled
+from ..conftest import FAST, SWIN, VIT, equip, image, outputs_of, quantizable, rescaled
 
 
 def random(*shape, seed=0):
@@ -113,7 +113,7 @@ def test_whatever_comes_parameters_are_finite(kind, values):
         return
     torch.manual_seed(0)
     op, calls = OPS[kind](), inputs_of(kind, values)
-    outputs = AdaLog(**FAST).calibrate(Block('layer', op, calls, {'layer': op}))
+    outputs = outputs_of(AdaLog(**FAST), Block('layer', op, calls, {'layer': op}))
     is_usable(op, calls, outputs)
 
 
@@ -124,7 +124,7 @@ def test_the_whole_search_too(kind, values):
         return
     torch.manual_seed(0)
     op, calls = OPS[kind](), inputs_of(kind, values)
-    is_usable(op, calls, AdaLog().calibrate(Block('layer', op, calls, {'layer': op})))
+    is_usable(op, calls, outputs_of(AdaLog(), Block('layer', op, calls, {'layer': op})))
 
 
 @pytest.mark.parametrize('method', [AdaLog(**FAST), MinMax()], ids=lambda method: type(method).__name__)
@@ -134,7 +134,7 @@ def test_squares_that_overflow_name_the_layer(kind, factor, method):
     """A network whose activations are that large is broken, but it is not the search that is to break."""
     op, calls = OPS[kind](), [Call(tuple(factor * x for x in call.args)) for call in inputs_of(kind, 'positive')]
     with pytest.raises(QuantizationError, match=r'^layer receives activations that are too large to be squared'):
-        method.calibrate(Block('layer', op, calls, {'layer': op}))
+        outputs_of(method, Block('layer', op, calls, {'layer': op}))
     assert all(quantizer.params is None for quantizer in op.quantizers().values())
 
 
@@ -148,7 +148,7 @@ def test_what_is_not_too_large_to_be_squared_is_searched(kind):
     calls = [Call(tuple(1e14 / norm * x if i >= number else x for i, x in enumerate(call.args))) for call in calls]
     if kind == 'queries and keys':  # not both: their product is squared as well
         calls = [Call((call.args[0], call.args[1] / 1e14)) for call in calls]
-    is_usable(op, calls, AdaLog(**FAST).calibrate(Block('layer', op, calls, {'layer': op})))
+    is_usable(op, calls, outputs_of(AdaLog(**FAST), Block('layer', op, calls, {'layer': op})))
 
 
 @pytest.mark.parametrize('kind', ['linear', 'post-GELU'])
@@ -160,7 +160,7 @@ def test_one_massive_token_in_each_image(kind):
     for x in tokens:
         x[5] = 100 * x[5].abs()
     op, calls = OPS[kind](), [Call((x,)) for x in tokens]
-    outputs = AdaLog().calibrate(Block('layer', op, calls, {'layer': op}))
+    outputs = outputs_of(AdaLog(), Block('layer', op, calls, {'layer': op}))
     power = sum(float(out.square().sum()) for out in outputs)
     assert sum(float((op(*call.args) - out).square().sum()) for call, out in zip(calls, outputs, strict=True)) < 0.1 * power
 
@@ -168,7 +168,7 @@ def test_one_massive_token_in_each_image(kind):
 @pytest.mark.parametrize('values', BELOW_GELU)
 def test_what_gelu_does_not_give_is_cut(values):
     op, calls = OPS['post-GELU'](), inputs_of('linear', values)
-    AdaLog(**FAST).calibrate(Block('fc2', op, calls, {'fc2': op}))
+    outputs_of(AdaLog(**FAST), Block('fc2', op, calls, {'fc2': op}))
     with torch.no_grad():
         lowest = op(torch.full((6,), -0.16997124))
         assert all((op(call.args[0] - 5) - lowest).abs().max() < 1e-5 for call in calls)
@@ -186,7 +186,7 @@ def test_weights_of_zeros_and_constants(kind):
             op.bias.fill_(1)
         for quantizer in op.quantizers().values():
             quantizer.clear()
-        is_usable(op, calls, AdaLog(**FAST).calibrate(Block('layer', op, calls, {'layer': op})))
+        is_usable(op, calls, outputs_of(AdaLog(**FAST), Block('layer', op, calls, {'layer': op})))
         assert (op.weight_quantizer(op.operands(*op.activations(*calls[0].args))[1])[0] == 0).all()
 
 
@@ -195,7 +195,7 @@ def test_weights_of_zeros_and_constants(kind):
 def test_samples_of_a_few_rows(kind, rows):
     torch.manual_seed(0)
     op, calls = OPS[kind](), inputs_of(kind, 'positive')
-    outputs = AdaLog(**{**FAST, 'rows': rows}).calibrate(Block('layer', op, calls, {'layer': op}))
+    outputs = outputs_of(AdaLog(**{**FAST, 'rows': rows}), Block('layer', op, calls, {'layer': op}))
     assert all(torch.isfinite(op(*call.args)).all() for call in calls) and len(outputs) == 2
 
 
@@ -209,7 +209,7 @@ def test_hard_probabilities(hard):
         p[:, :, :4] = 0.125
     calls = [Call((p, random(3, 2, 8, 4)))]
     op = OPS['probabilities and values']()
-    outputs = AdaLog(**FAST).calibrate(Block('pv', op, calls, {'pv': op}))
+    outputs = outputs_of(AdaLog(**FAST), Block('pv', op, calls, {'pv': op}))
     is_usable(op, calls, outputs)
     assert torch.equal(op.left_quantizer(p), p)
 
@@ -221,14 +221,14 @@ def test_hard_probabilities(hard):
 def test_searches_of_any_size(kind, options):
     torch.manual_seed(0)
     op, calls = OPS[kind](), inputs_of(kind, 'positive')
-    AdaLog(**{**FAST, **options}).calibrate(Block('layer', op, calls, {'layer': op}))
+    outputs_of(AdaLog(**{**FAST, **options}), Block('layer', op, calls, {'layer': op}))
     assert all(torch.isfinite(op(*call.args)).all() for call in calls)
 
 
 @pytest.mark.parametrize('kind', OPS)
 def test_a_width_of_one(kind):
     op, calls = OPS[kind](), inputs_of(kind, 'positive')
-    AdaLog(**{**FAST, 'width': 1}).calibrate(Block('layer', op, calls, {'layer': op}))
+    outputs_of(AdaLog(**{**FAST, 'width': 1}), Block('layer', op, calls, {'layer': op}))
     assert all(torch.isfinite(op(*call.args)).all() for call in calls)
 
 
@@ -328,7 +328,7 @@ def test_products_that_overflow_name_the_layer():
         first.weight.fill_(3e38)
     module = nn.Sequential(first, second)
     with pytest.raises(QuantizationError, match=r'^1 receives activations'):
-        AdaLog(**FAST).calibrate(Block('block', module, [Call((torch.full((5, 4), 10.0),))], operations(module)))
+        outputs_of(AdaLog(**FAST), Block('block', module, [Call((torch.full((5, 4), 10.0),))], operations(module)))
 
 
 @pytest.mark.parametrize('method', [AdaLog(**FAST), MinMax()], ids=lambda method: type(method).__name__)
@@ -343,5 +343,5 @@ def test_outputs_whose_squares_overflow_name_the_layer(kind, factor, method):
     else:
         op.weight.clamp_(-1, 1).mul_(factor)
     with pytest.raises(QuantizationError, match=r'^layer gives outputs too large to be squared'):
-        method.calibrate(Block('layer', op, calls, {'layer': op}))
+        outputs_of(method, Block('layer', op, calls, {'layer': op}))
     assert all(quantizer.params is None for quantizer in op.quantizers().values())

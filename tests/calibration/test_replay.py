@@ -7,6 +7,7 @@ from mmptq.backbones import find_spec
 from mmptq.calibration import Call, Stream, operations
 from mmptq.calibration.replay import replayed
 from mmptq.layers import QuantLinear
+from mmptq.quantizers import Float
 
 from ..conftest import image, quantizable
 
@@ -83,7 +84,7 @@ class Twice(nn.Module):
         self.act = nn.Tanh()
         self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
         self.inner[0] = QuantLinear.from_float(self.inner[0])
-        self.inner[0].set_quantizers({}, {'input': nn.Identity(), 'weight': nn.Identity()})
+        self.inner[0].set_quantizers({}, {'input': Float(), 'weight': Float()})
 
     def forward(self, x):
         return self.act(self.inner(self.act(x)) + x)

@@ -16,7 +16,7 @@ from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Resca
 from mmptq.methods import AdaLog
 from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer
 
-from ..conftest import adalog, adalog_values, covering, equip, oracle_of, plan, rescaled, sampled
+from ..conftest import adalog, adalog_values, covering, equip, oracle_of, outputs_of, plan, rescaled, sampled
 
 WHOLE = dict(screen=10**6, rank=10**6)
 """Options with which candidates are screened exactly."""
@@ -508,7 +508,7 @@ def test_constant_and_zero_operands_are_searched():
 @torch.no_grad()
 def calibrated(op, *activations):
     """An operation after AdaLog with all of its activations as a sample."""
-    AdaLog(rows=10**6, screen=10**6).calibrate(Block('layer', op, [Call(activations)], {'layer': op}))
+    outputs_of(AdaLog(rows=10**6, screen=10**6), Block('layer', op, [Call(activations)], {'layer': op}))
     return op
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmptq import QuantizationError
-from mmptq.calibration.capture import in_float, listening
+from mmptq.calibration import Block
+from mmptq.calibration.capture import listening
 from mmptq.layers import QuantLinear, SelfAttention, extend_attention
 from mmptq.layers.attention import RouteProducts
 from mmptq.quantizers import UniformQuantizer
@@ -289,7 +290,8 @@ def test_a_layer_is_seen_once_a_call(cls, x):
     attention = reading(cls)
     expected, seen = attention(x), []
     ops = {'qkv': attention.qkv, 'qk': attention.qk}
-    with in_float(ops), listening(ops, lambda name, op, activations: seen.append((name, activations[0].shape))):
+    block = Block('attention', attention, [], ops)
+    with block.as_float(), listening(ops, lambda name, op, activations: seen.append((name, activations[0].shape))):
         assert torch.equal(attention(x), expected)
     assert seen == [('qkv', (3, 5, 8)), ('qk', (3, 2, 5, 4))]
 

@@ -162,7 +162,7 @@ def test_where_there_are_fewer_tokens_all_are_taken_once(shape, rows):
     x = torch.randn(shape, generator=seeded())
     op = QuantLinear.from_float(nn.Linear(8, 5))
     found = op.places((x,), rows, seeded())
-    assert torch.equal(op.take((x,), found)[0], x.view(-1, 8)) and torch.equal(found.weights, torch.ones(42))
+    assert torch.equal(op.take((x,), found)[0], x.view(-1, 8)) and torch.equal(found.counts, torch.ones(42))
     assert torch.equal(op.take((x,))[0], x.view(-1, 8))
 
 
@@ -174,13 +174,13 @@ def test_linear_samples_count_what_they_stand_for():
     energy = x.double().square().sum(1)
     sums = {'tokens': torch.ones(2000), 'energy': energy, 'first': x[:, 0].double(), 'fourth': energy.square()}
     drawn = [op.places((x,), 100, seeded(seed)) for seed in range(200)]
-    assert all(len(place.index[0]) == len(place.weights) == 100 for place in drawn)
+    assert all(len(place.index[0]) == len(place.counts) == 100 for place in drawn)
     assert all((place.index[0].unique()[:, None] == torch.arange(0, 2000, 500)).any(0).all() for place in drawn)  # never missed
     for name, values in sums.items():
-        estimates = torch.stack([(place.weights * values[place.index[0]]).sum() for place in drawn])
+        estimates = torch.stack([(place.counts * values[place.index[0]]).sum() for place in drawn])
         error = estimates.std() / 200**0.5
         assert (estimates.mean() - values.sum()).abs() < 4 * error + 1e-4 * values.abs().sum(), name
-    estimates = torch.stack([(place.weights * energy[place.index[0]]).sum() for place in drawn])
+    estimates = torch.stack([(place.counts * energy[place.index[0]]).sum() for place in drawn])
     plain = torch.stack([20 * energy[pick(100, 2000, seeded(seed), x.device)].sum() for seed in range(200)])
     assert estimates.std() < 0.1 * plain.std()
 
@@ -188,7 +188,7 @@ def test_linear_samples_count_what_they_stand_for():
 @pytest.mark.parametrize('value', [0.0, 3.0])
 def test_linear_samples_of_equal_tokens(value):
     found = QuantLinear(8, 5).places((torch.full((300, 8), value),), 20, seeded())
-    torch.testing.assert_close(found.weights, torch.full((20,), 15.0))
+    torch.testing.assert_close(found.counts, torch.full((20,), 15.0))
     assert len(found.index[0].unique()) == 20
 
 
@@ -254,12 +254,12 @@ def test_conv_samples_count_what_they_stand_for(options):
     fields = op.take(activations)[0][:, :, ::op.dilation[0], ::op.dilation[1]].flatten(1).double()
     energy = fields.square().sum(1)
     drawn = [op.places(activations, 40, seeded(seed)) for seed in range(200)]
-    assert all(len(place.index[0]) == len(place.weights) == 40 for place in drawn)
+    assert all(len(place.index[0]) == len(place.counts) == 40 for place in drawn)
     massive = (energy > 0.3 * energy.max()).nonzero().flatten()
     if op.dilation == (1, 1):  # what lies between is averaged as well
         assert all((place.index[0][:, None] == massive).any() for place in drawn)
     for values in (torch.ones(len(energy)), energy, fields[:, 0]):
-        estimates = torch.stack([(place.weights * values[place.index[0]]).sum() for place in drawn])
+        estimates = torch.stack([(place.counts * values[place.index[0]]).sum() for place in drawn])
         assert (estimates.mean() - values.sum()).abs() < 4 * estimates.std() / 200**0.5 + 1e-3 * values.abs().sum()
 
 

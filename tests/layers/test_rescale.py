@@ -26,6 +26,7 @@ from ..conftest import (
     oracle_adalog,
     oracle_of,
     oracle_uniform,
+    outputs_of,
     plan,
     quantizable,
     randomized,
@@ -313,7 +314,7 @@ def found(x, bits=4, **options):
     op = rescaled(nn.Linear(x.shape[1], 5))
     op.rescale = Rescale()
     equip(op, input=UniformQuantizer(bits), weight=UniformQuantizer(bits, axis=-2))
-    AdaLog(**{**FAST, **options}).calibrate(Block('layer', op, [Call((x[:50],)), Call((x[None, 50:],))], {'layer': op}))
+    outputs_of(AdaLog(**{**FAST, **options}), Block('layer', op, [Call((x[:50],)), Call((x[None, 50:],))], {'layer': op}))
     for quantizer in op.quantizers().values():
         quantizer.clear()
     return op

@@ -11,7 +11,7 @@ from mmptq.layers import GeluShift, QuantLinear, QuantMatMul, Rescale
 from mmptq.methods import AdaLog, MinMax
 from mmptq.quantizers import AdaLogQuantizer, UniformQuantizer
 
-from ..conftest import FAST, equip, image, oracle_of, plan, quantizable, rescaled
+from ..conftest import FAST, equip, image, oracle_of, outputs_of, plan, quantizable, rescaled
 
 
 def attention(seed, windows=6, heads=2, length=49):
@@ -36,7 +36,7 @@ def pv_error(left, method=None):
     """Squared error of probabilities times values, in numpy, with a quantizer for the probabilities; the quantizer."""
     op = equip(QuantMatMul(), left=PV[left](), right=UniformQuantizer(8, axis=-3))
     calls = [Call(attention(seed)) for seed in (1, 2)]
-    (method or AdaLog(**EVERYTHING)).calibrate(Block('pv', op, calls, {'pv': op}))
+    outputs_of((method or AdaLog(**EVERYTHING)), Block('pv', op, calls, {'pv': op}))
     error = 0
     for call in calls:
         p, v = (x.double().numpy() for x in call.args)
@@ -77,7 +77,7 @@ def test_linear_layers_search_weight_and_input():
         with torch.no_grad():
             op.weight.copy_(torch.randn(6, 16)**3)
             target = op(x)
-            outputs = method.calibrate(Block('layer', op, [Call((x,))], {'layer': op}))
+            outputs = outputs_of(method, Block('layer', op, [Call((x,))], {'layer': op}))
             errors[name] = (op(x) - target).square().sum().item()
         assert torch.equal(outputs[0], target)
     assert errors['three'] <= errors['one'] * (1 + 1e-6) and errors['one'] < 0.9 * errors['minmax']
@@ -118,7 +118,7 @@ def test_an_activation_channel_of_zeros_stays_zero(rescale):
     op.rescale = rescale and rescale()
     equip(op, input=UniformQuantizer(4), weight=UniformQuantizer(4, axis=-2))
     nn.init.zeros_(op.weight[2])
-    AdaLog(**FAST).calibrate(Block('layer', op, [Call((x,))], {'layer': op}))
+    outputs_of(AdaLog(**FAST), Block('layer', op, [Call((x,))], {'layer': op}))
     inputs, weight = op.operands(x)
     assert (inputs[:, 3] == 0).all() and (op.input_quantizer(inputs)[:, 3] == 0).all() and (op.weight_quantizer(weight)[2] == 0).all()
     if rescale:
@@ -132,7 +132,7 @@ def test_rows_with_a_single_non_zero_are_exact(left):
     p = torch.eye(length).flip(0).expand(3, 2, -1, -1)
     v = torch.randn(3, 2, length, 4, generator=torch.Generator().manual_seed(0))
     op = equip(QuantMatMul(), left=PV[left](), right=UniformQuantizer(8, axis=-3))
-    AdaLog().calibrate(Block('pv', op, [Call((p, v))], {'pv': op}))
+    outputs_of(AdaLog(), Block('pv', op, [Call((p, v))], {'pv': op}))
     assert torch.isfinite(op(p, v)).all()
     precision = 0.01 if left == 'uniform' else 1e-6  # a scale is searched, not known to be 1
     torch.testing.assert_close(op(p, v), op.right_quantizer(v).flip(-2), rtol=precision, atol=precision)
@@ -144,7 +144,7 @@ def test_masked_tokens_keep_no_weight():
     p = torch.where(torch.arange(49) < 30, p, 0)
     v = torch.where(torch.arange(49)[:, None] < 30, v, 1e6)
     op = equip(QuantMatMul(), left=AdaLogQuantizer(4, fixed_scale=1.0))
-    AdaLog().calibrate(Block('pv', op, [Call((p, v))], {'pv': op}))
+    outputs_of(AdaLog(), Block('pv', op, [Call((p, v))], {'pv': op}))
     assert (op.left_quantizer(p)[..., 30:] == 0).all()
 
 
@@ -154,7 +154,7 @@ def test_post_gelu_is_covered_from_its_minimum():
     op = rescaled(nn.Linear(12, 6))
     op.rescale = GeluShift()
     equip(op, input=AdaLogQuantizer(4), weight=UniformQuantizer(8, axis=-2))
-    AdaLog(rows=10**6).calibrate(Block('fc2', op, [Call((x,))], {'fc2': op}))
+    outputs_of(AdaLog(rows=10**6), Block('fc2', op, [Call((x,))], {'fc2': op}))
     shift = op.rescale.shift
     assert shift == np.float32(0.16997124254703522)
     assert np.quantile(x.numpy(), 0.9) < op.input_quantizer.scale - shift <= x.max() + 1e-5
@@ -177,7 +177,7 @@ def test_the_reparameterisation_after_a_norm_is_worth_it():
         op = rescaled(layer)
         op.rescale = rescale and rescale()
         equip(op, input=UniformQuantizer(4), weight=UniformQuantizer(8, axis=-2))
-        AdaLog(rows=10**6).calibrate(Block('qkv', op, [Call((x,))], {'qkv': op}))
+        outputs_of(AdaLog(rows=10**6), Block('qkv', op, [Call((x,))], {'qkv': op}))
         errors[rescale] = (op(x) - layer(x)).square().sum()
     assert errors[Rescale] < 0.1 * errors[None]
 
@@ -191,7 +191,7 @@ def test_the_shift_after_gelu_is_worth_it():
         op = rescaled(layer)
         op.rescale = rescale and rescale()
         equip(op, input=AdaLogQuantizer(6), weight=UniformQuantizer(8, axis=-2))
-        AdaLog(rows=10**6).calibrate(Block('fc2', op, [Call((x,))], {'fc2': op}))
+        outputs_of(AdaLog(rows=10**6), Block('fc2', op, [Call((x,))], {'fc2': op}))
         errors[rescale] = (op(x) - layer(x)).square().sum()
     assert errors[GeluShift] < 0.5 * errors[None]
 
@@ -204,10 +204,10 @@ def test_the_weight_is_searched_over_all_tokens():
     layer = nn.Linear(16, 8)
     op = equip(QuantLinear.from_float(layer), input=UniformQuantizer(6), weight=UniformQuantizer(3, axis=-2))
     block = Block('layer', op, [Call((x[:2000],)), Call((x[2000:],))], {'layer': op})
-    AdaLog(rows=16).calibrate(block)
+    outputs_of(AdaLog(rows=16), block)
     error = (op(x) - layer(x)).square().sum()
     errors = []
-    for samples, weights in (([(x,)], None), (block.samples['layer'], block.weights['layer'])):
+    for samples, weights in (([(x,)], None), (block.samples['layer'], block.counts['layer'])):
         op.weight_quantizer.clear()
         search(op, 'weight', samples, plan(screen=10**6), weights)
         errors.append((op(x) - layer(x)).square().sum())
@@ -226,7 +226,7 @@ def test_operations_of_a_block_are_searched_on_float_inputs(family):
     handle.remove()
     before, after = Block(name, unit, seen, operations(unit)), Block(name, unit, seen, operations(unit))
     outputs = before.observe(32)
-    again = AdaLog(**{**FAST, 'rows': 32}).calibrate(after)
+    again = outputs_of(AdaLog(**{**FAST, 'rows': 32}), after)
     assert torch.equal(outputs[0], again[0]) and not torch.equal(before.run()[0], outputs[0])
     assert all(torch.equal(x, y) for key in before.samples for a, b in zip(before.samples[key], after.samples[key], strict=True)
                for x, y in zip(a, b, strict=True))
@@ -238,7 +238,7 @@ def test_weights_are_chosen_on_all_tokens_or_on_the_sample(all_tokens, monkeypat
     monkeypatch.setattr(Block, 'grams', lambda block, grams=Block.grams: summed.append(block.name) or grams(block))
     op = equip(QuantLinear.from_float(nn.Linear(6, 4)), input=UniformQuantizer(4), weight=UniformQuantizer(4, axis=-2))
     calls = [Call((torch.randn(1, 30, 6, generator=torch.Generator().manual_seed(seed)),)) for seed in range(3)]
-    AdaLog(**FAST, all_tokens=all_tokens).calibrate(Block('layer', op, calls, {'layer': op}))
+    outputs_of(AdaLog(**FAST, all_tokens=all_tokens), Block('layer', op, calls, {'layer': op}))
     assert summed == ['layer'] * all_tokens and op.weight_quantizer.params is not None
 
 
@@ -251,7 +251,7 @@ def test_what_cannot_change_is_not_searched_between_the_first_and_the_last_round
     roles, answers = [], iter(changes + [True] * 6)
     monkeypatch.setattr('mmptq.methods.adalog.search', lambda op, role, *_: roles.append(role) or next(answers))
     op = equip(QuantMatMul(), left=UniformQuantizer(4), right=UniformQuantizer(4))
-    AdaLog().calibrate(Block('qk', op, [Call(attention(0))], {'qk': op}))
+    outputs_of(AdaLog(), Block('qk', op, [Call(attention(0))], {'qk': op}))
     assert roles == searched
 
 

@@ -13,7 +13,7 @@ from mmptq.backbones import Recipe, find_spec
 from mmptq.calibration import Block, Call, calibrate, operations
 from mmptq.calibration.blockwise import BlockResult, calibrate_block, sqnr_db
 from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, Rescale
-from mmptq.methods import AdaLog, AdaLogBRECQ, brecq
+from mmptq.methods import BRECQ, AdaLog, AdaLogBRECQ, MinMax, UQViT, adaround, brecq, lsq
 from mmptq.quantizers import AdaLogQuantizer, Float, Quantizer, UniformQuantizer
 
 from ..conftest import (
@@ -27,6 +27,7 @@ from ..conftest import (
     image,
     oracle_adalog,
     oracle_of,
+    outputs_of,
     quantizable,
     quantizers_of,
     randomized,
@@ -80,7 +81,7 @@ SWIN_UNITS = [pytest.param(lambda number=number: unit(('mmdet', SWIN), number), 
 
 def searched(block):
     """A block after the first stage, its targets and its error."""
-    targets = [brecq.tensors(output) for output in AdaLog(**FAST).calibrate(block)]
+    targets = [brecq.tensors(output) for output in outputs_of(AdaLog(**FAST), block)]
     return block, targets, brecq.block_error(block, targets)
 
 
@@ -98,11 +99,11 @@ def same(a, b):
 def test_the_error_of_a_block_becomes_less(make):
     _, targets, before = searched(make())
     block = make()
-    outputs = AdaLogBRECQ(**QUICK).calibrate(block)
+    outputs = outputs_of(AdaLogBRECQ(**QUICK), block)
     for output, target in zip(outputs, targets, strict=True):
         assert all(torch.equal(*pair) for pair in zip(brecq.tensors(output), target, strict=True))
     assert brecq.block_error(block, targets) < 0.99 * before
-    assert block.float_weights.keys() == weights_of(block).keys()
+    assert block.float_parameters.keys() == {f'{name}.weight' for name in weights_of(block)}
     for op in block.ops.values():
         assert all((quantizer.scale > 0).all() and torch.isfinite(quantizer.scale).all() for quantizer in op.quantizers().values())
 
@@ -112,7 +113,7 @@ def test_rounding_and_scales_both_learn():
     errors = {}
     for name, options in (('weights', dict(scale_lr=0)), ('scales', dict(weight_lr=0, scale_lr=1e-2)), ('both', {})):
         block, method = toy(**options)
-        method.calibrate(block)
+        outputs_of(method, block)
         errors[name] = brecq.block_error(block, targets)
     assert errors['both'] < errors['weights'] < before and errors['scales'] < before
 
@@ -121,27 +122,27 @@ def test_rounding_and_scales_both_learn():
 def test_weights_are_rounded_to_one_of_the_codes_beside_them(make):
     first, block = searched(make())[0], make()
     plain = weights_of(first)
-    AdaLogBRECQ(**{**QUICK, 'weight_lr': 0.5}).calibrate(block)
+    outputs_of(AdaLogBRECQ(**{**QUICK, 'weight_lr': 0.5}), block)
     changed = 0
     for name, op in block.ops.items():
         if 'weight' in op.roles:
             quantizer, other = op.quantizer('weight'), first.ops[name].quantizer('weight')
             assert same(quantizer.params, other.params)
-            rounded, before = quantizer(brecq.as_read(op, op.weight)), brecq.as_read(op, plain[name])
+            rounded, before = quantizer(adaround.as_read(op, op.weight)), adaround.as_read(op, plain[name])
             ends = (quantizer.scale * (end - quantizer.zero_point) for end in (0, quantizer.levels - 1))
             error = (rounded - before.clamp(*ends)).abs() / quantizer.scale
             assert error.max() < 1.001
             changed += (error > 0.501).sum()
-            kept = (brecq.as_read(op, op.weight) - rounded).abs() / quantizer.scale
+            kept = (adaround.as_read(op, op.weight) - rounded).abs() / quantizer.scale
             assert kept.max() < 0.451
-            if not isinstance(brecq.op_rescale(op), Rescale):
+            if not isinstance(adaround.op_rescale(op), Rescale):
                 assert kept.max() < 1e-4
     assert changed > 10
 
 
 def test_nothing_else_changes():
     first, (block, method) = searched(toy()[0])[0], toy()
-    method.calibrate(block)
+    outputs_of(method, block)
     for (name, before), after in zip(first.module.state_dict().items(), block.module.state_dict().values(), strict=True):
         learned = name in ('fc1.weight', 'fc2.weight', 'fc1.input_quantizer.scale', 'fc2.input_quantizer.scale')
         assert torch.equal(before, after) != learned, name
@@ -151,7 +152,7 @@ def test_nothing_else_changes():
 
 def test_probabilities_keep_their_scale():
     block = unit(('mmdet', SWIN), 1)
-    AdaLogBRECQ(**QUICK).calibrate(block)
+    outputs_of(AdaLogBRECQ(**QUICK), block)
     pv = next(op for name, op in block.ops.items() if name.endswith('pv'))
     assert pv.left_quantizer.scale == 1
 
@@ -162,8 +163,8 @@ def test_outputs_of_any_form(kind):
     plain = block.module
     forms = {'tuple': lambda y: (y, (3, 4), torch.arange(3)), 'dict': lambda y: dict(a=[y], b=None, c=2 * y)}
     block.module = lambda x: forms[kind](plain(x))
-    outputs = method.calibrate(block)
-    assert block.float_weights and isinstance(outputs[0], dict if kind == 'dict' else tuple)
+    outputs = outputs_of(method, block)
+    assert block.float_parameters and isinstance(outputs[0], dict if kind == 'dict' else tuple)
     assert [len(brecq.tensors(output)) for output in outputs] == [1 + (kind == 'dict')] * 4
 
 
@@ -172,15 +173,15 @@ def test_where_outputs_hold_no_tensors_there_is_only_the_search():
     first = searched(toy()[0])[0]
     plain = block.module
     block.module = lambda x: [str(plain(x).sum().item())]
-    method.calibrate(block)
-    assert not block.float_weights and same(block.state(), first.state())
+    outputs_of(method, block)
+    assert not block.float_parameters and same(block.state(), first.state())
 
 
 def test_without_anything_to_learn_the_search_stands():
     op = equip(QuantLinear.from_float(nn.Linear(4, 3)), input=Float(), weight=Float())
     block = Block('float', op, [Call((torch.randn(5, 4),))], {'fc': op})
     targets = [brecq.tensors(output) for output in block.run_float()]
-    assert not brecq.reconstruct(block, targets, AdaLogBRECQ(**QUICK)) and not block.float_weights
+    assert not brecq.reconstruct(block, targets, AdaLogBRECQ(**QUICK).reconstruction) and not block.float_parameters
 
 
 def test_products_alone_learn_their_scales():
@@ -188,8 +189,8 @@ def test_products_alone_learn_their_scales():
     op = equip(QuantMatMul(), left=UniformQuantizer(3), right=UniformQuantizer(3, axis=-3))
     calls = [Call((torch.randn(3, 2, 9, 8, generator=generator), torch.randn(3, 2, 8, 9, generator=generator)))]
     block, targets, before = searched(Block('qk', op, calls, {'qk': op}))
-    assert brecq.reconstruct(block, targets, AdaLogBRECQ(**QUICK))
-    assert brecq.block_error(block, targets) < before and op.right_quantizer.scale.shape == (2, 1, 1) and not block.float_weights
+    assert brecq.reconstruct(block, targets, AdaLogBRECQ(**QUICK).reconstruction)
+    assert brecq.block_error(block, targets) < before and op.right_quantizer.scale.shape == (2, 1, 1) and not block.float_parameters
 
 
 # What is worse is taken back.
@@ -206,20 +207,20 @@ def spoil(block, targets, options):
 def test_what_is_not_better_is_taken_back(worse, monkeypatch):
     first, (block, method) = searched(toy()[0])[0], toy()
     if worse == 'diverged':
-        method = dataclasses.replace(method, iterations=20)
-        object.__setattr__(method, 'scale_lr', 1e37)  # more than may be asked for
+        method = AdaLogBRECQ(**{**QUICK, 'iterations': 20})
+        object.__setattr__(method.reconstruction, 'scale_lr', 1e37)  # more than may be asked for
     else:
         monkeypatch.setattr(brecq, 'reconstruct', {'spoilt': spoil, 'unfinished': lambda *args: spoil(*args) is None,
                                                    'equal': lambda *args: True}[worse])
-    method.calibrate(block)
-    assert same(block.state(), first.state()) and same(weights_of(block), weights_of(first)) and not block.float_weights
+    outputs_of(method, block)
+    assert same(block.state(), first.state()) and same(weights_of(block), weights_of(first)) and not block.float_parameters
 
 
 @pytest.mark.parametrize('lr', [0.01, 10.0])
 def test_scales_stay_positive_whatever_the_rate(lr):
     block, targets, _ = searched(toy()[0])
     before = {name: quantizer.scale for name, quantizer in quantizers_of(block.module).items()}
-    assert brecq.reconstruct(block, targets, AdaLogBRECQ(**{**QUICK, 'scale_lr': lr}))
+    assert brecq.reconstruct(block, targets, AdaLogBRECQ(**{**QUICK, 'scale_lr': lr}).reconstruction)
     for name, quantizer in quantizers_of(block.module).items():
         assert (quantizer.scale >= 0.0099 * before[name]).all()
 
@@ -228,7 +229,7 @@ def test_scales_stay_positive_whatever_the_rate(lr):
 
 def rounding_of(op, generator):
     """The rounding of an operation's weight, at random."""
-    rounding = brecq.Rounding(op, op.quantizer('weight'))
+    rounding = adaround.Rounding(op, op.quantizer('weight'))
     with torch.no_grad():
         rounding.logits.copy_(torch.randn(rounding.logits.shape, generator=generator))
     return rounding
@@ -243,7 +244,7 @@ def kinds():
     for axis in (-2, None):
         for cls in (None, Rescale, GeluShift):
             op = rescaled(nn.Linear(64, 6), cls)
-            yield equip(op, input=uniform(-1, 2), weight=covering(brecq.as_read(op, op.weight), 4, axis))
+            yield equip(op, input=uniform(-1, 2), weight=covering(adaround.as_read(op, op.weight), 4, axis))
     conv = QuantConv2d.from_float(nn.Conv2d(3, 5, 2))
     yield equip(conv, weight=covering(conv.weight, 3, -4))
     yield equip(conv, weight=uniform([-0.1] * 5, [0.05] * 5, 2, -4))  # most of the weight is cut
@@ -254,15 +255,16 @@ def test_the_weight_that_is_kept_rounds_as_was_learned(op):
     generator = torch.Generator().manual_seed(0)
     weight, quantizer = op.weight.detach().clone(), op.quantizer('weight')
     correction = op.rescale.correction(op.weight) if isinstance(op, QuantLinear) and op.rescale else None
-    read = brecq.as_read(op, weight).detach()
+    read = adaround.as_read(op, weight).detach()
     rounding = rounding_of(op, generator)
     rounding.soft = rounding.values = quantizer.decode(rounding.decided(), **quantizer.params)
-    learned = [function(op.weight) for _, name, function in rounding.patches() if name == 'correction']
+    learned = [function(op.weight) for _, name, function in rounding.stand_ins() if name == 'correction']
     below = torch.floor(read * quantizer.scale.reciprocal())
     expected = (below + (rounding.logits >= 0) + quantizer.zero_point).clamp(0, quantizer.levels - 1)
     assert torch.equal(rounding.decided(), expected.to(torch.int16))
     Block('layer', op, [], {'layer': op}).set_weight('layer', rounding.weight())
-    assert rounding.is_kept() and torch.equal(quantizer.encode(brecq.as_read(op, op.weight), **quantizer.params), expected.to(torch.int16))
+    kept_codes = quantizer.encode(adaround.as_read(op, op.weight), **quantizer.params)
+    assert rounding.is_kept() and torch.equal(kept_codes, expected.to(torch.int16))
     assert quantizer.levels < 16 or (op.weight != weight).all()
     if correction is not None:
         kept = op.rescale.correction(op.weight)
@@ -281,7 +283,7 @@ def test_a_correction_that_the_cells_cannot_hold_is_learned_as_it_will_be():
     with torch.no_grad():
         rounding.logits.copy_(torch.tensor([40.0, 40.0, -40.0])[:, None].expand(-1, 4))
     rounding.refresh()
-    (_, _, _), (_, _, correction) = rounding.patches()
+    (_, _, _), (_, _, correction) = rounding.stand_ins()
     learned, before = correction(op.weight).detach(), op.rescale.correction(op.weight).detach()
     Block('layer', op, [], {'layer': op}).set_weight('layer', rounding.weight())
     torch.testing.assert_close(op.rescale.correction(op.weight), learned)
@@ -293,7 +295,7 @@ def test_a_rounding_starts_where_the_weight_is():
     torch.manual_seed(0)
     op = equip(QuantLinear.from_float(nn.Linear(16, 6)), weight=covering(torch.randn(6, 16), 4, -2))
     quantizer = op.quantizer('weight')
-    rounding = brecq.Rounding(op, quantizer)
+    rounding = adaround.Rounding(op, quantizer)
     rounding.refresh()
     ends = (quantizer.scale * (end - quantizer.zero_point) for end in (0, quantizer.levels - 1))
     torch.testing.assert_close(rounding.values.detach(), op.weight.detach().clamp(*ends), rtol=1e-4, atol=1e-5)
@@ -302,7 +304,7 @@ def test_a_rounding_starts_where_the_weight_is():
 
 def test_a_decided_rounding_costs_nothing():
     op = equip(QuantLinear.from_float(nn.Linear(4, 3)), weight=covering(torch.randn(3, 4), 4, -2))
-    rounding = brecq.Rounding(op, op.quantizer('weight'))
+    rounding = adaround.Rounding(op, op.quantizer('weight'))
     for value, cost in ((10.0, 0), (-10.0, 0), (0.0, 12)):
         with torch.no_grad():
             rounding.logits.fill_(value)
@@ -313,22 +315,22 @@ def test_a_decided_rounding_costs_nothing():
 
 
 def test_the_penalty_decides_every_rounding():
-    undecided, weight = {}, brecq.Rounding.weight
+    undecided, weight = {}, adaround.Rounding.weight
     for warmup in (0.2, 1):
         block, targets, _ = searched(toy()[0])
         seen = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(brecq.Rounding, 'weight', lambda self, seen=seen: seen.append(self.up().detach()) or weight(self))
-            brecq.reconstruct(block, targets, AdaLogBRECQ(**{**QUICK, 'iterations': 150, 'weight_lr': 0.1, 'warmup': warmup}))
+            patch.setattr(adaround.Rounding, 'weight', lambda self, seen=seen: seen.append(self.up().detach()) or weight(self))
+            brecq.reconstruct(block, targets, BRECQ(iterations=150, batch=2, weight_lr=0.1, scale_lr=1e-3, warmup=warmup))
         undecided[warmup] = np.mean([((up > 0.01) & (up < 0.99)).float().mean() for up in seen])
     assert undecided[0.2] < 0.05 < 0.2 < undecided[1]
 
 
 def test_the_exponent_falls_from_20_to_2_after_the_warm_up():
-    options = AdaLogBRECQ(iterations=1000)
+    options = BRECQ(iterations=1000)
     found = [brecq.beta_at(step, options) for step in (0, 199, 200, 600, 1000)]
     assert found == [None, None, 20, pytest.approx(11), pytest.approx(2)]
-    assert brecq.beta_at(999, AdaLogBRECQ(iterations=1000, warmup=1)) is None and brecq.beta_at(0, AdaLogBRECQ(warmup=0)) == 20
+    assert brecq.beta_at(999, BRECQ(iterations=1000, warmup=1)) is None and brecq.beta_at(0, BRECQ(warmup=0)) == 20
 
 
 # Activations.
@@ -338,7 +340,7 @@ class Learner(brecq.Learned):
 
     def __init__(self, quantizer):
         super().__init__(Block('none', None, [], {}))
-        self.activations.append(brecq.Activation(quantizer))
+        self.activations.append(lsq.Activation(quantizer))
 
 
 def inputs_of(quantizer):
@@ -392,7 +394,7 @@ def test_the_gradient_of_a_uniform_quantizer_by_hand():
     quantizer = uniform(-1, 2, 2)  # s = 1, codes -1 to 2
     x = torch.tensor([-3.0, -1.2, 0.4, 1.7, 2.4, 9.0], requires_grad=True)
     scale = quantizer.scale.clone().requires_grad_()
-    y = brecq.StraightThrough.apply(x, scale, quantizer)
+    y = lsq.StraightThrough.apply(x, scale, quantizer)
     assert y.tolist() == [-1, -1, 0, 2, 2, 2]
     for index, (by_x, by_scale) in enumerate(((0, -1), (1, 0.2), (1, -0.4), (1, 0.3), (1, -0.4), (0, 2))):
         gradients = torch.autograd.grad(y[index], (x, scale), retain_graph=True)
@@ -403,7 +405,7 @@ def test_the_gradient_of_adalog_by_hand():
     quantizer = adalog(4, 37, 2.0)
     x = torch.tensor([-0.1, 0.0, 1e-9, 0.9, 1.7, 2.5], requires_grad=True)
     scale = quantizer.scale.clone().requires_grad_()
-    y = brecq.StraightThrough.apply(x, scale, quantizer)
+    y = lsq.StraightThrough.apply(x, scale, quantizer)
     assert y.tolist() == [0, 0, 0, 1, 2, 2]
     for index, (by_x, by_scale) in enumerate(((0, 0), (1, 0), (1, 0), (1, 0.05), (1, 0.15), (0, 1))):
         gradients = torch.autograd.grad(y[index], (x, scale), retain_graph=True)
@@ -414,7 +416,7 @@ def test_scales_of_heads_have_gradients_of_their_own():
     quantizer = uniform([-1, -1], [1, 1], 3, -3)
     scale = quantizer.scale.clone().requires_grad_()
     x = torch.randn(4, 2, 5, 6)
-    brecq.StraightThrough.apply(x, scale, quantizer)[:, 1].sum().backward()
+    lsq.StraightThrough.apply(x, scale, quantizer)[:, 1].sum().backward()
     assert scale.grad.shape == (2, 1, 1) and scale.grad[0] == 0 and scale.grad[1] != 0
 
 
@@ -472,7 +474,7 @@ def test_the_seed_of_the_block_decides_and_nothing_else():
         block, method = toy(seed=seed)
         torch.manual_seed(world)
         before = torch.get_rng_state()
-        method.calibrate(block)
+        outputs_of(method, block)
         assert torch.equal(before, torch.get_rng_state())
         states[name] = block.state()
     assert same(states['first'], states['again']) and not same(states['first'], states['other'])
@@ -480,9 +482,9 @@ def test_the_seed_of_the_block_decides_and_nothing_else():
 
 def test_it_does_not_matter_whether_gradients_are_on():
     (plain, method), (within, _) = toy(), toy()
-    method.calibrate(plain)
+    outputs_of(method, plain)
     with torch.no_grad():
-        method.calibrate(within)
+        outputs_of(method, within)
     assert same(plain.state(), within.state())
 
 
@@ -499,13 +501,14 @@ def test_a_state_holds_the_weights_that_changed():
     (block, method), (fresh, _) = toy(), toy()
     floats = weights_of(fresh)
     result, outputs = calibrate_block(block, method)
-    assert {'fc1.weight', 'fc2.weight', 'fc1.rescale.scale'} <= result.params.keys() and same(block.float_weights, floats)
+    assert {'fc1.weight', 'fc2.weight', 'fc1.rescale.scale'} <= result.params.keys()
+    assert same(block.float_parameters, {f'{name}.weight': value for name, value in floats.items()})
     done = BlockResult(**reloaded(vars(result)))
     _, again = calibrate_block(fresh, method, done)
     assert all(torch.equal(*pair) for pair in zip(outputs, again, strict=True)) and same(fresh.state(), block.state())
     assert same(fresh.module.state_dict(), block.module.state_dict())
     assert all(torch.equal(*pair) for pair in zip(fresh.run(), block.run(), strict=True))
-    fresh.restore_weights()
+    fresh.restore_parameters()
     assert same(weights_of(fresh), floats) and not any(key.endswith('.weight') for key in fresh.state())
 
 
@@ -518,10 +521,10 @@ def test_signal_to_noise_is_against_the_float_weights():
     block, method = toy()
     result, _ = calibrate_block(block, method)
     for name, op in block.ops.items():
-        (x,), counts = block.samples[name][0], block.weights[name]
+        (x,), counts = block.samples[name][0], block.counts[name]
         own = sqnr_db(op, block.samples[name], counts)
         with torch.no_grad():
-            target = nn.functional.linear(x, block.float_weights[name], op.bias)
+            target = nn.functional.linear(x, block.float_parameters[f'{name}.weight'], op.bias)
             signal, noise = ((y.double().square().sum(1) @ counts.double()).item() for y in (target, op(x) - target))
         assert result.sqnr_db[name] == pytest.approx(10 * math.log10(signal / noise), abs=0.01) and result.sqnr_db[name] < own - 0.1
 
@@ -581,17 +584,18 @@ def test_the_recipe():
     loaded = Recipe.from_dict(raw)
     method, plain = loaded.build_method(), Recipe.from_dict(load_recipe('adalog_w4a4'))
     assert type(method) is AdaLogBRECQ and loaded.name == 'adalog_w4a4_brecq' and loaded.quantizers == plain.quantizers
-    assert (method.iterations, method.batch, method.weight_lr, method.scale_lr) == (20000, 32, 1e-3, 4e-5)  # the paper's
+    search, learning = method.stages()
+    assert (learning.iterations, learning.batch, learning.weight_lr, learning.scale_lr) == (20000, 32, 1e-3, 4e-5)  # the paper's
     searching = {field.name: getattr(plain.build_method(), field.name) for field in dataclasses.fields(AdaLog)}
-    assert {name: getattr(method, name) for name in searching} == searching
+    assert {name: getattr(search, name) for name in searching} == searching
 
 
 def test_the_recipe_runs():
     raw = load_recipe('adalog_w3a3_brecq')
     raw['method'].update(QUICK)
     block = unit(('mmseg', VIT), 1, raw)
-    Recipe.from_dict(raw).build_method().calibrate(block)
-    assert block.float_weights and block.ops['layers.0.ffn.layers.1'].quantizer('input').bits == 3
+    outputs_of(Recipe.from_dict(raw).build_method(), block)
+    assert block.float_parameters and block.ops['layers.0.ffn.layers.1'].quantizer('input').bits == 3
 
 
 @pytest.mark.parametrize(('option', 'value'), [('iterations', 0), ('batch', 0), ('weight_lr', -1e-3), ('scale_lr', math.nan),
@@ -605,7 +609,48 @@ def test_options_that_make_no_sense_are_refused(option, value):
 
 def test_codes_in_the_end_by_the_equations():
     block, method = toy()
-    method.calibrate(block)
+    outputs_of(method, block)
     for op in block.ops.values():
-        read = brecq.as_read(op, op.weight).detach()
+        read = adaround.as_read(op, op.weight).detach()
         assert np.array_equal(oracle_of(op.weight_quantizer, read.numpy()), op.weight_quantizer(read).numpy())
+
+
+# A stage of its own.
+
+LEARNING = BRECQ(**{name: QUICK[name] for name in ('iterations', 'batch', 'weight_lr', 'scale_lr')})
+
+
+def uniform_toy(seed=0):
+    """A toy for methods whose ranges are uniform."""
+    block, _ = toy(seed)
+    equip(block.module.fc2, input=UniformQuantizer(3), weight=UniformQuantizer(3, axis=-2))
+    return block
+
+
+@pytest.mark.parametrize('first', [UQViT(rows=64), MinMax()], ids=lambda stage: type(stage).__name__)
+def test_it_improves_what_another_method_found(first):
+    plain, both = uniform_toy(), uniform_toy()
+    if isinstance(first, MinMax):
+        for block in (plain, both):
+            block.module.fc1.rescale = block.module.fc2.rescale = None
+    targets = [brecq.tensors(output) for output in outputs_of(first, plain)]
+    again = outputs_of([first, LEARNING], both)
+    assert all(torch.equal(output, target[0]) for output, target in zip(again, targets, strict=True))
+    assert brecq.block_error(both, targets) < 0.99 * brecq.block_error(plain, targets)
+    assert both.float_parameters.keys() == {'fc1.weight', 'fc2.weight'}
+
+
+def test_what_does_not_improve_another_method_is_taken_back(monkeypatch):
+    plain, both = uniform_toy(), uniform_toy()
+    outputs_of(UQViT(rows=64), plain)
+    monkeypatch.setattr(brecq, 'reconstruct', spoil)
+    outputs_of([UQViT(rows=64), LEARNING], both)
+    assert same(both.state(), plain.state()) and same(weights_of(both), weights_of(plain)) and not both.float_parameters
+
+
+def test_two_stages_are_what_their_short_name_stands_for():
+    block, method = toy()
+    outputs_of(method, block)
+    other, _ = toy()
+    outputs_of([AdaLog(**FAST), LEARNING], other)
+    assert same(block.state(), other.state()) and block.float_parameters.keys() == other.float_parameters.keys()

@@ -9,7 +9,7 @@ from mmptq.layers import QuantMatMul
 from mmptq.methods import MinMax
 from mmptq.quantizers import UniformQuantizer
 
-from ..conftest import equip, image, oracle_range, quantizable
+from ..conftest import equip, image, oracle_range, outputs_of, quantizable
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def test_every_call_counts_and_outliers_are_covered():
     calls[2].args[0][3, 1, 4, 2] = 30
     calls[1].args[1][0, 0, 2, 5] = -15
     block = Block('pv', op, calls, {'pv': op})
-    outputs = MinMax(rows=1).calibrate(block)
+    outputs = outputs_of(MinMax(rows=1), block)
     assert op.left_quantizer.scale.shape == (2, 1, 1) and op.right_quantizer.scale.shape == ()
     assert op.left_quantizer.scale[1].item() == pytest.approx(2) and op.left_quantizer.scale[0] < 1 / 14
     assert op.right_quantizer.scale * op.right_quantizer.zero_point == pytest.approx(15, rel=0.05)
@@ -61,5 +61,5 @@ def test_every_call_counts_and_outliers_are_covered():
 
 def test_all_zero_activations_stay_zero():
     op = equip(QuantMatMul())
-    MinMax().calibrate(Block('qk', op, [Call((torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 3, 2)))], {'qk': op}))
+    outputs_of(MinMax(), Block('qk', op, [Call((torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 3, 2)))], {'qk': op}))
     assert op.left_quantizer.scale == 1 and (op(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 3, 2)) == 0).all()

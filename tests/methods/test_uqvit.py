@@ -16,7 +16,7 @@ from mmptq.layers import QuantLinear, QuantMatMul, Rescale
 from mmptq.methods import UQViT
 from mmptq.quantizers import AdaLogQuantizer, DeMaxQuantizer, UniformQuantizer, calibrated_parts
 
-from ..conftest import VIT, equip, image, oracle_of, oracle_uniform, quantizable
+from ..conftest import VIT, equip, image, oracle_of, oracle_uniform, outputs_of, quantizable
 
 SMALL = dict(rows=64)
 
@@ -137,7 +137,7 @@ def test_the_error_is_that_of_the_blocks_output():
     inputs = [Call((torch.randn(7, 6, generator=generator) * torch.tensor([1, 1, 9, 1, 1, .1]),)) for _ in range(12)]
     block = Block('block', module, inputs, {'fc': module.fc})
     targets = block.observe(UQViT().rows)
-    candidates = UQViT()._candidates(module.fc, block.samples['fc'][0][0], block.weights['fc'])
+    candidates = UQViT()._candidates(module.fc, block.samples['fc'][0][0], block.counts['fc'])
     assert len(candidates) == 12
     for images, counted in ((2, [inputs[0], inputs[6]]), (1, inputs[:1]), (20, inputs), (None, inputs)):
         errors = uqvit.output_errors(block, module.fc, candidates, targets, images, sure=float('inf'))
@@ -156,7 +156,7 @@ def test_the_error_is_that_of_the_blocks_output():
     left = raced.isinf()
     assert left.any() and raced.argmin() == errors.argmin()
     assert (raced[~left] <= errors[~left]).all()  # a race of one is over
-    UQViT().calibrate(block)
+    outputs_of(UQViT(), block)
     best = int(errors.argmin())  # on all images
     assert torch.equal(module.fc.rescale.scale, candidates[best].rescale['scale'])
     assert torch.equal(module.fc.weight_quantizer(module.fc.weight * module.fc.rescale.scale), candidates[best].rounded)
@@ -183,7 +183,7 @@ def test_a_few_large_channels_are_worth_an_alpha():
     for alphas in ([None], list(UQViT.plain_alphas)):
         for part in calibrated_parts(op).values():
             part.clear()
-        UQViT(plain_alphas=alphas).calibrate(Block('layer', op, [Call((x,))], {'layer': op}))
+        outputs_of(UQViT(plain_alphas=alphas), Block('layer', op, [Call((x,))], {'layer': op}))
         errors[len(alphas)] = float((op(x) - op.float_forward(x)).square().sum())
     assert errors[12] < 0.7 * errors[1]
 
@@ -209,7 +209,7 @@ def test_r_is_finite_and_positive_whatever_comes(site, edge, weight):
     if weight != 'random':
         op.weight[:, 0 if weight == 'zero column' else slice(None)] = 0
     x = EDGES[edge](torch.randn(40, 6, generator=torch.Generator().manual_seed(0)))
-    UQViT(alphas=[0, 0.25, 1], plain_alphas=[0, 0.5, 1]).calibrate(Block('layer', op, [Call((x,))], {'layer': op}))
+    outputs_of(UQViT(alphas=[0, 0.25, 1], plain_alphas=[0, 0.5, 1]), Block('layer', op, [Call((x,))], {'layer': op}))
     assert torch.isfinite(op.rescale.scale).all() and (op.rescale.scale > 0).all() and torch.isfinite(op.rescale.shift).all()
     assert torch.isfinite(op(x)).all()
     if edge in ('zero', 'dead channels') and site == 'post_norm':
@@ -223,7 +223,7 @@ def test_a_block_without_tensors_as_outputs_cannot_compare_alphas():
     op, x = rescaled_linear('linear'), torch.randn(40, 6)
     block = Block('heads', lambda batch: [str(op(batch))], [Call((x,))], {'heads.fc': op})
     with pytest.raises(QuantizationError, match=r'^heads\.fc: alphas .* heads give no tensors; drop .* rescale .* site linear'):
-        UQViT(**SMALL).calibrate(block)
+        outputs_of(UQViT(**SMALL), block)
 
 
 def test_masked_rows_and_single_entries_of_attention_are_exact():
@@ -233,7 +233,7 @@ def test_masked_rows_and_single_entries_of_attention_are_exact():
     scores[:, :, [0, 4]] = 0
     scores[:, :, 3] = torch.eye(5)[2]
     values = torch.randn(2, 2, 5, 4, generator=torch.Generator().manual_seed(1))
-    UQViT().calibrate(Block('pv', op, [Call((scores, values))], {'pv': op}))
+    outputs_of(UQViT(), Block('pv', op, [Call((scores, values))], {'pv': op}))
     p = op.left_quantizer(scores)
     assert torch.equal(p[:, :, [0, 3, 4]], scores[:, :, [0, 3, 4]]) and not torch.equal(p, scores)
     expected = p.double().numpy() @ oracle_of(op.right_quantizer, values.numpy()).astype(float)

@@ -14,7 +14,7 @@ from mmptq.methods import AdaLog, MinMax
 from mmptq.quantizers import AdaLogQuantizer, DeMaxQuantizer, Float, Quantizer, UniformQuantizer
 from mmptq.quantizers.demax import product
 
-from ..conftest import FAST, covering, equip
+from ..conftest import FAST, covering, equip, outputs_of
 
 SIDES = {'float32': np.float32, 'float16': np.float16}
 
@@ -399,7 +399,7 @@ def test_a_block_sets_it_from_all_its_rows():
 def test_other_methods_take_it(method, side):
     op = equip(QuantMatMul(), left=DeMaxQuantizer(4, side=side), right=UniformQuantizer(8, axis=-3))
     p, v = attention(49, 6)
-    outputs = method.calibrate(Block('pv', op, [Call((p, v)), Call(attention(49, 2, 1))], {'pv': op}))
+    outputs = outputs_of(method, Block('pv', op, [Call((p, v)), Call(attention(49, 2, 1))], {'pv': op}))
     assert torch.equal(outputs[0], p @ v) and op.left_quantizer.length == 49 and op.right_quantizer.params is not None
     assert op.left_quantizer.effective_bits == pytest.approx(4 + ({'float32': 64, 'float16': 32}[side] + 6) / 49)
     expected = oracle(p.numpy(), 4, side=side)[0] @ op.right_quantizer(v).double().numpy()
@@ -413,7 +413,7 @@ def test_it_beats_uniform_codes_where_rows_have_a_peak():
     errors = {}
     for left in (DeMaxQuantizer(4), UniformQuantizer(4)):
         op = equip(QuantMatMul(), left=left, right=Float())
-        MinMax().calibrate(Block('pv', op, [Call((p, v))], {'pv': op}))
+        outputs_of(MinMax(), Block('pv', op, [Call((p, v))], {'pv': op}))
         errors[type(left)] = (op(p, v) - p @ v).square().sum()
     assert errors[DeMaxQuantizer] < 0.3 * errors[UniformQuantizer]
 
