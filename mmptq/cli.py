@@ -10,7 +10,7 @@ from mmengine.config import DictAction
 from mmengine.dist import is_main_process
 from rich.console import Console
 
-from .analysis.summary import result_table
+from .analysis.table import result_table
 from .apis import PAPER_IMAGES, convert_checkpoint, export, pack, quantize, recipe_names, recipe_of
 from .checkpoints.layouts import LAYOUTS
 from .engine.hook import BACKENDS

@@ -14,6 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from ..analysis.summary import Result
 from ..backbones.presets import load_recipe, paper_protocol
 from ..checkpoints.about import how_made
 from ..checkpoints.packed import read_checkpoint
@@ -73,9 +74,9 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
     """
     checkpoint = str(checkpoint)
     loaded = read_checkpoint(checkpoint)
-    made = how_made(loaded, checkpoint) or {}
-    recipe_cfg = load_recipe(recipe or made.get('recipe') or 'adalog_w4a4')
-    scope = made.get('scope', 'backbone') if scope is None else scope
+    made = how_made(loaded, checkpoint)
+    recipe_cfg = load_recipe(recipe or (made.recipe if made else 'adalog_w4a4'))
+    scope = scope or (made.scope if made else 'backbone')
     if as_in_paper:
         if calib_cfg is not None:
             raise QuantizationError('the paper protocol calibrates on evaluation images: --calib-cfg has no place in it')
@@ -114,7 +115,8 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
             runner.load_or_resume()
             hook.before_test(runner)
             hook.forget_progress(runner)
-    return hook.summary
+    assert hook.summary is not None
+    return hook.summary.to_dict()
 
 
 def clean_config(cfg: Config) -> None:
@@ -198,7 +200,7 @@ class _Evaluation(Hook):
         self.result = test_result(metrics, time.perf_counter() - self.started)
 
 
-def evaluate_float(cfg: Config, tta: bool = False) -> dict[str, Any]:
+def evaluate_float(cfg: Config, tta: bool = False) -> Result:
     """Metrics and seconds of the float model of a config, unwrapped, with the checkpoint of ``load_from``."""
     cfg = deepcopy(cfg)
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != 'mmptq.PTQHook']

@@ -8,17 +8,13 @@ from torch import nn
 
 from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantOp, SelfAttention, extend_attention
+from .reasons import FloatReason
 from .recipe import Recipe
 from .spec import BackboneSpec, Site, matches
 
 # Subclasses of nn.Linear and nn.Conv2d that compute just what these do.
 _PLAIN = {'torch.nn.modules.linear.Linear', 'torch.nn.modules.linear.NonDynamicallyQuantizableLinear', 'torch.nn.modules.conv.Conv2d',
           'mmcv.cnn.bricks.wrappers.Linear', 'mmcv.cnn.bricks.wrappers.Conv2d'}
-
-
-IDLE = 'received nothing in calibration'
-"""Why a layer is float that could have been quantized."""
-
 
 @dataclass(frozen=True)
 class ConversionReport:
@@ -32,7 +28,7 @@ class ConversionReport:
 
     recipe: Recipe
     scope: str
-    skipped: dict[str, str]
+    skipped: dict[str, FloatReason]
 
 
 def layers_with_products(module: nn.Module) -> dict[str, nn.Module]:
@@ -67,7 +63,7 @@ def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> Conversi
     return ConversionReport(recipe, 'backbone', skipped)
 
 
-def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Recipe) -> dict[str, str]:
+def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Recipe) -> dict[str, FloatReason]:
     """Replaces Linear and Conv2d layers by quantized ones.
 
     Args:
@@ -78,16 +74,16 @@ def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Rec
     Returns:
         The layers that stay float, with the reason.
     """
-    skipped = {}
+    skipped: dict[str, FloatReason] = {}
     for name, site in sites.items():
         layer = module.get_submodule(name)
         cls = f'{type(layer).__module__}.{type(layer).__name__}'
         op: QuantOp
         if site is None:
-            skipped[name] = 'its BackboneSpec names no site for it'
+            skipped[name] = FloatReason.NO_SITE
             continue
         if cls not in _PLAIN:
-            skipped[name] = f'{type(layer).__name__} has no quantized form'
+            skipped[name] = FloatReason.NO_QUANTIZED_FORM
             continue
         if isinstance(layer, nn.Linear):
             op = QuantLinear.from_float(layer)
@@ -111,7 +107,7 @@ def leave_float(model: nn.Module, report: ConversionReport, names: Iterable[str]
         if not isinstance(op, QuantLinear | QuantConv2d):
             raise QuantizationError(f'{name} is to stay float, but is no layer of the model that could be quantized')
         replace_modules(model, {op: op.to_float()})
-        report.skipped[name] = IDLE
+        report.skipped[name] = FloatReason.IDLE
 
 
 def _multiplies(module: nn.Module) -> bool:

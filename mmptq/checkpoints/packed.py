@@ -68,7 +68,7 @@ def read_packed(path: str | Path) -> dict[str, Any]:
         state = unpack_state(tensors, content['weights'], content['adalog'])
     except QuantizationError as error:
         raise QuantizationError(f'{path}: {error}') from None
-    content['mmptq'] = checked_about(content['mmptq'], str(path))
+    content['mmptq'] = checked_about(content['mmptq'], str(path)).to_dict()
     meta = {'mmptq': content['mmptq'], **({'dataset_meta': content['dataset_meta']} if content['dataset_meta'] else {})}
     return {'meta': meta, 'state_dict': state, 'packed': {key: content[key] for key in ('model', 'default_scope')}}
 

@@ -15,9 +15,12 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from ..analysis.summary import layer_rows, model_size
+from ..analysis.layers import layer_rows
+from ..analysis.size import model_size
+from ..analysis.summary import SCHEMA, About, BitsSummary, CalibrationSummary, Result, Summary
 from ..backbones import ConversionReport
-from ..backbones.convert import IDLE, layers_with_products, leave_float
+from ..backbones.convert import layers_with_products, leave_float
+from ..backbones.reasons import FloatReason
 from ..calibration import check_weights
 from ..checkpoints.about import dataset_meta, how_made
 from ..checkpoints.packed import packed_model, write_packed
@@ -73,11 +76,12 @@ class PTQHook(Hook):
         self.resume = resume
         self.pack = pack
         self.backend = backend
-        self.summary: dict[str, Any] = {}
-        self.float_result: dict[str, Any] | None = None
+        self.summary: Summary | None = None
+        self.float_result: Result | None = None
         self.config: Config | None = None  # what quantized.py is to hold, if not the Runner's config
         self._images: CalibrationSet | None = None
-        self._loaded: dict[str, Any] = {}
+        self._dataset_meta: dict[str, Any] = {}
+        self._about: About | None = None
         self._converted = False
         self._started = 0.0
 
@@ -87,7 +91,7 @@ class PTQHook(Hook):
         surplus = load_verified(model, checkpoint, str(runner.cfg.get('load_from', 'the checkpoint')))
         if surplus:
             runner.logger.warning(printable(f'the checkpoint has keys that the model does not: {some(surplus, 20)}'))
-        self._loaded = {'dataset_meta': dataset_meta(checkpoint), 'mmptq': how_made(checkpoint, 'the checkpoint')}
+        self._dataset_meta, self._about = dataset_meta(checkpoint), how_made(checkpoint, 'the checkpoint')
 
     def prepare(self, runner: Runner) -> None:
         """Draws the calibration images, reads each once and runs the backbone on one, so that what is wrong is known before long work.
@@ -119,17 +123,20 @@ class PTQHook(Hook):
         model = inner_model(runner.model)
         if is_calibrated(model):
             runner.logger.info('the checkpoint is calibrated: no calibration')
-            if not self.summary:
-                self.summary = self._summary_of(model, self._loaded['mmptq'])
+            if self.summary is None:
+                assert self._about is not None  # load_verified
+                self.summary = self._summary_of(model, self._about)
         else:
-            self._calibrate(runner, model)
-        self._write_summary(runner)
+            self.summary = self._calibrate(runner, model)
+            if is_main_process():
+                self._save(runner, model, self.summary)
+        write_summary(runner, self.summary)
         if self.pack and is_main_process():
             path = Path(runner.work_dir) / 'quantized.safetensors'
-            write_packed(model, self.config or runner.cfg, self._about(), self._loaded.get('dataset_meta'), path)
+            write_packed(model, self.config or runner.cfg, self.summary.about(), self._dataset_meta, path)
             runner.logger.info(f'wrote {path}')
         if self.backend == 'integer':
-            self._convert(runner, model)
+            self.summary = self._convert(runner, model, self.summary)
 
     def before_val(self, runner: Runner) -> None:
         """Raises QuantizationError if the model is not calibrated: only a test calibrates."""
@@ -142,8 +149,10 @@ class PTQHook(Hook):
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         """Writes the quantized metrics."""
-        self.summary['quantized'] = {**test_result(metrics, time.perf_counter() - self._started), 'backend': self.backend}
-        self._write_summary(runner)
+        assert self.summary is not None  # before_test
+        result = test_result(metrics, time.perf_counter() - self._started, self.backend)
+        self.summary = self.summary.model_copy(update=dict(quantized=result))
+        write_summary(runner, self.summary)
         self.forget_progress(runner)
 
     def forget_progress(self, runner: Runner) -> None:
@@ -151,7 +160,7 @@ class PTQHook(Hook):
         if is_main_process():
             (Path(runner.work_dir) / PROGRESS).unlink(missing_ok=True)
 
-    def _calibrate(self, runner: Runner, model: Any) -> None:
+    def _calibrate(self, runner: Runner, model: Any) -> Summary:
         report = quantization(model)
         device = next(model.parameters()).device
         if self._images is None:
@@ -161,52 +170,65 @@ class PTQHook(Hook):
         peak, started = memory.Peak(device), time.perf_counter()
         progress = Path(runner.work_dir) / PROGRESS
         results = calibrate_model(model, images, self.seed, runner.logger, progress, self.resume)
-        calibration = dict(dataset=type(images.dataset).__name__, split='test' if self.on_test else 'train', images=len(images.paths),
-                           seed=self.seed, shuffle=self.shuffle, leak=images.leak, seconds=round(time.perf_counter() - started, 3),
-                           peak_memory_mib=round(peak.mib(), 1))
+        calibration = CalibrationSummary(
+            dataset=type(images.dataset).__name__,
+            split='test' if self.on_test else 'train',
+            images=len(images.paths),
+            seed=self.seed,
+            shuffle=self.shuffle,
+            leak=images.leak,
+            seconds=round(time.perf_counter() - started, 3),
+            peak_memory_mib=round(peak.mib(), 1),
+        )
         recipe = report.recipe.to_dict()
         sqnr = {name: value for result in results for name, value in result.sqnr_db.items()}
-        self.summary = dict(version=__version__, method=recipe['method']['type'], recipe=recipe, bits=recipe['bits'], scope=report.scope,
-                            calibration=calibration, float=self.float_result, quantized=None, size=model_size(model),
-                            layers=layer_rows(model, skipped_layers(model, report), sqnr))
-        if is_main_process():
-            self._save(runner, model)
+        return Summary(
+            schema=SCHEMA,
+            version=__version__,
+            method=recipe['method']['type'],
+            recipe=recipe,
+            bits=BitsSummary(**recipe['bits']),
+            scope=report.scope,  # type: ignore[arg-type]  # checked when it is made
+            calibration=calibration,
+            float=self.float_result,
+            quantized=None,
+            size=model_size(model),
+            layers=layer_rows(model, skipped_layers(model, report), sqnr),
+        )
 
-    def _summary_of(self, model: Any, made: Mapping[str, Any]) -> dict[str, Any]:
+    def _summary_of(self, model: Any, about: About) -> Summary:
         """What the file says of its calibration; layers and sizes are those of the model itself."""
-        report = quantization(model)
-        sqnr = {row['name']: row['sqnr_db'] for row in made['layers']}
-        return {**made, 'float': self.float_result or made['float'], 'quantized': None, 'size': model_size(model),
-                'layers': layer_rows(model, skipped_layers(model, report), sqnr)}
+        sqnr = {layer.name: layer.sqnr_db for layer in about.layers}
+        changes = dict(
+            float_result=self.float_result or about.float_result,
+            size=model_size(model),
+            layers=layer_rows(model, skipped_layers(model, quantization(model)), sqnr),
+        )
+        return Summary.of(about).model_copy(update=changes)
 
-    def _save(self, runner: Runner, model: Any) -> None:
+    def _save(self, runner: Runner, model: Any, summary: Summary) -> None:
         work_dir = Path(runner.work_dir)
-        meta = {key: value for key, value in (('dataset_meta', self._loaded.get('dataset_meta')),) if value}
+        meta = {'dataset_meta': self._dataset_meta} if self._dataset_meta else {}
         state = {key: value.cpu() for key, value in model.state_dict().items()}
-        save_atomically({'meta': {**meta, 'mmptq': self._about()}, 'state_dict': state}, work_dir / 'quantized.pth')
-        config = portable_config(self.config or runner.cfg, idle_layers(self.summary))
+        save_atomically({'meta': {**meta, 'mmptq': summary.about()}, 'state_dict': state}, work_dir / 'quantized.pth')
+        config = portable_config(self.config or runner.cfg, summary.idle_layers())
         write_text_atomically(config.pretty_text, work_dir / 'quantized.py')
         runner.logger.info(f'wrote {work_dir / "quantized.pth"} and {work_dir / "quantized.py"}')
 
-    def _convert(self, runner: Runner, model: Any) -> None:
+    def _convert(self, runner: Runner, model: Any, summary: Summary) -> Summary:
         model.eval()
         paths = to_integer(model)
         self._converted = True
         counts = '; '.join(f'{count} as {path}' for path, count in Counter(paths.values()).most_common())
         runner.logger.info(f'the model is evaluated in integers; of its {len(paths)} quantized operations run: {counts}')
-        self.summary = {**self.summary, 'layers': [{**row, 'path': paths.get(row['name'], 'float')} for row in self.summary['layers']]}
-
-    def _about(self) -> dict[str, Any]:
-        return {key: value for key, value in self.summary.items() if key != 'quantized'}
-
-    def _write_summary(self, runner: Runner) -> None:
-        if is_main_process():
-            write_text_atomically(json.dumps(self.summary, indent=2) + '\n', Path(runner.work_dir) / 'summary.json')
+        layers = [layer.model_copy(update=dict(path=paths.get(layer.name, 'float'))) for layer in summary.layers]
+        return summary.model_copy(update=dict(layers=layers))
 
 
-def idle_layers(made: Mapping[str, Any]) -> list[str]:
-    """The layers that received nothing in a calibration, by its summary."""
-    return [row['name'] for row in made.get('layers', []) if row['reason'] == IDLE]
+def write_summary(runner: Runner, summary: Summary) -> None:
+    """Writes ``summary.json`` to the work_dir."""
+    if is_main_process():
+        write_text_atomically(json.dumps(summary.to_dict(), indent=2) + '\n', Path(runner.work_dir) / 'summary.json')
 
 
 def portable_config(cfg: Config, idle: list[str]) -> Config:
@@ -226,17 +248,19 @@ def portable_config(cfg: Config, idle: list[str]) -> Config:
     return cfg
 
 
-def test_result(metrics: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
-    """Metrics, as plain numbers, and seconds of an evaluation; None for NaN, which JSON does not have (a class without objects)."""
+def test_result(metrics: Mapping[str, Any] | None, seconds: float, backend: str | None = None) -> Result:
+    """The result of an evaluation: None for a metric that is NaN, which JSON does not have (a class without objects)."""
     numbers = {name: float(value) for name, value in (metrics or {}).items()}
-    return dict(metrics={name: None if math.isnan(value) else value for name, value in numbers.items()}, seconds=round(seconds, 3))
+    known = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+    about = {} if backend is None else dict(backend=backend)
+    return Result(metrics=known, seconds=round(seconds, 3), **about)
 
 
-def skipped_layers(model: Any, report: ConversionReport) -> dict[str, str]:
+def skipped_layers(model: Any, report: ConversionReport) -> dict[str, FloatReason]:
     """Every layer of a model that stays float, with the reason."""
     if report.scope == 'model':
         return report.skipped
-    outside = {name: 'outside of scope backbone' for name in layers_with_products(model) if not name.startswith('backbone.')}
+    outside = {name: FloatReason.OUTSIDE_OF_SCOPE for name in layers_with_products(model) if not name.startswith('backbone.')}
     return {f'backbone.{name}': reason for name, reason in report.skipped.items()} | outside
 
 
@@ -252,11 +276,11 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
     """
     report = quantization(model)
     made = how_made(checkpoint, source)
-    if made and (made['scope'] != report.scope or made['recipe'] != report.recipe.to_dict()):
-        raise QuantizationError(f'{source} was quantized with recipe {made["recipe"]["name"]}, bits {made["bits"]}, scope {made["scope"]}, '
-                                'and not as asked for; use the float checkpoint, or that recipe and scope')
+    if made and (made.scope != report.scope or made.recipe != report.recipe.to_dict()):
+        raise QuantizationError(f'{source} was quantized with recipe {made.recipe["name"]}, bits {made.bits.to_dict()}, '
+                                f'scope {made.scope}, and not as asked for; use the float checkpoint, or that recipe and scope')
     try:
-        leave_float(model, report, [name for name in idle_layers(made or {}) if name not in report.skipped])
+        leave_float(model, report, [name for name in (made.idle_layers() if made else []) if name not in report.skipped])
     except QuantizationError as error:
         raise QuantizationError(f'{source}: {error}') from None
     surplus = load_checked(model, checkpoint.get('state_dict', checkpoint), source)

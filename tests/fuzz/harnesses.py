@@ -248,7 +248,7 @@ def models(choices):
 
     with guarded(len(honest().state), 10_000):
         loaded = {'state_dict': honest().state, 'meta': {'mmptq': honest().about}}
-        build_quantized(model, 'mmseg', honest().about, loaded, 'file')
+        build_quantized(model, 'mmseg', how_made(loaded, 'file'), loaded, 'file')
 
 
 def other_layouts(choices):
