@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from mmptq.apis import load_recipe
-from mmptq.apis.quantize import quantized_config
 from mmptq.calibration import operations
 from mmptq.checkpoints.reading import is_calibrated, load_checked
 from mmptq.engine.calibration import calibrate_model, quantization
 from mmptq.engine.data import CalibrationSet, load_config
 from mmptq.layers import QuantOp
+from mmptq.wrapping.configs import quantized_config
 
 ROOT = Path(__file__).parents[1]
 SIZE = 64

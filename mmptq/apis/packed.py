@@ -11,13 +11,13 @@ from torch import nn
 
 from ..analysis.summary import About
 from ..checkpoints.about import dataset_meta, how_made
-from ..checkpoints.packed import SUFFIX, float_model, read_packed, write_packed
+from ..checkpoints.packed import SUFFIX, read_packed, write_packed
 from ..checkpoints.reading import load_file
 from ..checkpoints.trusted import guarded, trusted_model
 from ..engine.data import load_config
 from ..engine.hook import load_verified
 from ..errors import QuantizationError
-from .quantize import quantized_config
+from ..wrapping.configs import float_model, quantized_config
 
 
 def pack(config: str | Config, checkpoint: str, out: str | None = None, cfg_options: Mapping[str, Any] | None = None) -> Path:

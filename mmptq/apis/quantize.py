@@ -9,7 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
@@ -23,6 +23,7 @@ from ..engine.calibration import inner_model
 from ..engine.data import calibration_dataset, load_config
 from ..engine.hook import PTQHook, load_verified, test_result
 from ..errors import QuantizationError
+from ..wrapping.configs import config_of_tests, float_config, quantized_config
 from .testing import draw_predictions, dump_predictions, test_time_augmentation
 
 SCOPES = ('backbone', 'model')
@@ -89,7 +90,7 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
         raise QuantizationError(f'seed {seed}: it is a number from 0 to 2^63 - 1')
     cfg = load_config(config, cfg_options)
     cfg.launcher = launcher
-    clean_config(cfg)
+    cfg = config_of_tests(cfg)
     stem = Path(cfg.filename).stem if cfg.filename else 'model'
     cfg.work_dir = str(work_dir or '') or cfg.get('work_dir') or os.path.join('work_dirs', f'{stem}_{recipe_cfg["name"]}')
     check_writable(Path(cfg.work_dir))
@@ -117,49 +118,6 @@ def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, A
             hook.forget_progress(runner)
     assert hook.summary is not None
     return hook.summary.to_dict()
-
-
-def clean_config(cfg: Config) -> None:
-    """Makes a config fit for a test: one evaluation, no PTQHook of its own, no weights but those of the checkpoint.
-
-    Raises:
-        QuantizationError: If it averages weights in a hook.
-    """
-    if not cfg.get('test_dataloader'):
-        for kind in ('dataloader', 'evaluator'):
-            cfg[f'test_{kind}'] = deepcopy(cfg.get(f'val_{kind}'))
-        cfg.test_cfg = dict(type='TestLoop') if cfg.test_dataloader else None
-    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != 'mmptq.PTQHook']
-    if any(str(hook['type']).endswith('EMAHook') for hook in hooks):
-        raise QuantizationError('the config has an EMAHook, which would exchange the weights after their calibration; remove it from '
-                                'custom_hooks, and give a checkpoint whose state_dict holds the averaged weights')
-    cfg.custom_hooks = hooks
-    backbone = (cfg.get('model') or {}).get('backbone') or {}
-    if isinstance(backbone, ConfigDict) and 'pretrained' in backbone:
-        backbone['pretrained'] = None
-
-
-def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Config:
-    """A copy of a config whose backbone, or whole model, is quantizable.
-
-    Raises:
-        QuantizationError: If its model has no backbone.
-    """
-    cfg = deepcopy(cfg)
-    model: Any = cfg.get('model')
-    backbone = model.get('backbone') if isinstance(model, ConfigDict) else None
-    if any(isinstance(part, ConfigDict) and str(part.get('type')).startswith('mmptq.Quant') for part in (model, backbone)):
-        raise QuantizationError('the config is quantized already; give the original one, or use the test tool of mmdet or mmsegmentation')
-    if not isinstance(backbone, ConfigDict):
-        raise QuantizationError('the config defines no model with a backbone')
-    model.pop('pretrained', None)  # the checkpoint has all weights, and a wrapped backbone takes no such argument
-    if scope == 'model':
-        if cfg.get('data_preprocessor'):  # a Runner would give it to QuantModel
-            model.setdefault('data_preprocessor', cfg.pop('data_preprocessor'))
-        cfg.model = ConfigDict(type='mmptq.QuantModel', model=model, recipe=recipe)
-    else:
-        model.backbone = ConfigDict(type='mmptq.QuantBackbone', backbone=backbone, recipe=recipe)
-    return cfg
 
 
 def build_runner(cfg: Config, out: str | None, show: bool, show_dir: str | None, wait_time: float, tta: bool) -> Runner:
@@ -202,9 +160,7 @@ class _Evaluation(Hook):
 
 def evaluate_float(cfg: Config, tta: bool = False) -> Result:
     """Metrics and seconds of the float model of a config, unwrapped, with the checkpoint of ``load_from``."""
-    cfg = deepcopy(cfg)
-    cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != 'mmptq.PTQHook']
-    cfg.work_dir = os.path.join(cfg.work_dir, 'float')
+    cfg = float_config(cfg)
     if tta:
         test_time_augmentation(cfg)
     runner = new_runner(cfg)

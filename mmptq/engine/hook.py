@@ -6,7 +6,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from ..errors import QuantizationError, printable
 from ..registry import HOOKS
 from ..runtime import to_integer
 from ..version import __version__
+from ..wrapping.configs import portable_config
 from . import memory
 from .calibration import calibrate_model, inner_model, quantization, try_backbone
 from .data import CalibrationSet, build_calibration_set, calibration_dataset
@@ -229,23 +229,6 @@ def write_summary(runner: Runner, summary: Summary) -> None:
     """Writes ``summary.json`` to the work_dir."""
     if is_main_process():
         write_text_atomically(json.dumps(summary.to_dict(), indent=2) + '\n', Path(runner.work_dir) / 'summary.json')
-
-
-def portable_config(cfg: Config, idle: list[str]) -> Config:
-    """A config with the layers that stay float, and without what belongs to one run: where it wrote, what it loaded, how it evaluated."""
-    cfg = deepcopy(cfg)
-    if idle:
-        model = cfg.model
-        while model.type != 'mmptq.QuantModel':  # test-time augmentation
-            model = model.module
-        model.idle = idle
-    for key in ('work_dir', 'load_from'):
-        cfg.pop(key, None)
-    for hook in cfg.custom_hooks:
-        if hook['type'] == 'mmptq.PTQHook':
-            for key in ('resume', 'pack', 'backend'):
-                hook.pop(key, None)
-    return cfg
 
 
 def test_result(metrics: Mapping[str, Any] | None, seconds: float, backend: str | None = None) -> Result:

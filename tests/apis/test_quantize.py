@@ -11,9 +11,9 @@ from mmseg.models.backbones.swin import WindowMSA
 
 from mmptq import QuantizationError
 from mmptq.apis import load_packed, load_recipe, pack, quantize
-from mmptq.apis.quantize import quantized_config
 from mmptq.checkpoints.reading import load_file, safe_loading
 from mmptq.quantizers import Quantizer
+from mmptq.wrapping.configs import quantized_config
 
 from ..conftest import fast
 from .conftest import FEW, SHARED, stock_tool

@@ -44,7 +44,7 @@ class Honest:
         from mmengine.config import Config
         from mmengine.registry import MODELS, init_default_scope
 
-        from mmptq.apis.quantize import quantized_config
+        from mmptq.wrapping.configs import quantized_config
 
         torch.manual_seed(0)
         recipe = fast('adalog_w4a4')
