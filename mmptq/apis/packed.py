@@ -15,7 +15,7 @@ from ..checkpoints.packed import SUFFIX, read_packed, write_packed
 from ..checkpoints.reading import load_file
 from ..checkpoints.trusted import guarded, trusted_model
 from ..engine.data import load_config
-from ..engine.hook import load_verified
+from ..engine.loading import load_verified
 from ..errors import QuantizationError
 from ..wrapping.configs import float_model, quantized_config
 

@@ -4,7 +4,7 @@ import io
 from rich.console import Console
 
 from mmptq.analysis.table import result_table
-from mmptq.engine.hook import test_result as result_of
+from mmptq.engine.evaluation import test_result as result_of
 
 
 def summary(name, quantized=None, float_result=None):

@@ -12,6 +12,7 @@ from mmseg.models.backbones.swin import WindowMSA
 from mmptq import QuantizationError
 from mmptq.apis import load_packed, load_recipe, pack, quantize
 from mmptq.checkpoints.reading import load_file, safe_loading
+from mmptq.engine import loading as LOADING
 from mmptq.quantizers import Quantizer
 from mmptq.wrapping.configs import quantized_config
 
@@ -271,7 +272,7 @@ def test_the_paper_protocol_is_said_to_leak(task, tmp_path):
 
 def test_the_paper_protocol_is_uqvits_and_on_evaluation_images(upernet, tmp_path):
     for recipe, options, part in (('adalog_w4a4', {}, 'uqvit_wXaY, not adalog_w4a4'),
-                                  ('uqvit_w4a4', dict(calib_cfg='any.py'), '--calib-cfg')):
+                                  ('uqvit_w4a4', dict(calib_cfg='any.py'), 'calib_cfg has no place in it')):
         with pytest.raises(QuantizationError, match=part):
             quantize(upernet.config, upernet.checkpoint, recipe, work_dir=str(tmp_path), as_in_paper=True, **options)
 
@@ -415,3 +416,30 @@ def test_runs_of_one_config_in_one_second_have_their_own_logs(upernet, tmp_path,
     first, second = ((tmp_path / name / '20260101_000000' / '20260101_000000.log').read_text() for name in ('first', 'second'))
     assert str(tmp_path / 'first') in first and str(tmp_path / 'second') not in first
     assert str(tmp_path / 'second') in second and str(tmp_path / 'first') not in second
+
+
+def test_a_checkpoint_is_read_once_and_every_hook_sees_it(upernet, tmp_path, monkeypatch):
+    from mmengine.hooks import Hook
+    from mmengine.registry import HOOKS
+    from mmengine.runner import CheckpointLoader
+
+    read, seen, loaded = [], [], []
+    original = torch.load
+
+    class Seeing(Hook):
+        def after_load_checkpoint(self, runner, checkpoint):
+            seen.append(len(checkpoint['state_dict']))
+
+    def counted(path, *args, **options):
+        read.append(str(path))
+        return original(path, *args, **options)
+
+    load_checked = LOADING.load_checked
+    monkeypatch.setattr(torch, 'load', counted)
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', pytest.fail)
+    monkeypatch.setattr(LOADING, 'load_checked', lambda *args: loaded.append(args[2]) or load_checked(*args))
+    monkeypatch.setitem(HOOKS.module_dict, 'Seeing', Seeing)
+    quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', work_dir=str(tmp_path), calib_images=1,
+             cfg_options={**FEW, 'custom_hooks': [dict(type='Seeing')]})
+    assert read == loaded == [upernet.checkpoint]
+    assert len(seen) == 2 and len(set(seen)) == 1  # of the quantized model's Runner and of the float one's
