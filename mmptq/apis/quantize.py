@@ -20,6 +20,7 @@ from ..engine.calibration import inner_model
 from ..engine.data import calibration_dataset, load_config
 from ..engine.evaluation import evaluate_float, new_runner
 from ..engine.hook import PTQHook
+from ..engine.lock import locked
 from ..engine.options import Options, options_of_call
 from ..engine.ptq import PTQ
 from ..errors import QuantizationError
@@ -64,16 +65,17 @@ def run(config: str | Config, checkpoint: str, options: Options) -> dict[str, An
     scope = options.scope or (made.scope if made else 'backbone')
 
     cfg = run_config(load_config(config, options.cfg_options), options, recipe['name'])
-    check_writable(Path(cfg.work_dir))
+    work_dir = Path(cfg.work_dir)
+    check_writable(work_dir)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     dataset = calibration_dataset(cfg, options.calib_config, options.on_test)
     options = options.model_copy(update=dict(dataset=dataset))
 
-    with safe_loading():
+    with safe_loading(), locked(work_dir, options.launcher):
         quantizable = quantized_config(cfg, recipe, scope)
         runner = build_runner(quantizable, options)
         described = with_hook(quantizable, options)
-        work = PTQ(options, described, Path(cfg.work_dir), runner.logger, checkpoint)
+        work = PTQ(options, described, work_dir, runner.logger, checkpoint)
         runner.register_hook(PTQHook(work))
         model = inner_model(runner.model)
 

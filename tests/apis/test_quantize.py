@@ -13,6 +13,7 @@ from mmptq import QuantizationError
 from mmptq.apis import load_packed, load_recipe, pack, quantize
 from mmptq.checkpoints.reading import load_file, safe_loading
 from mmptq.engine import loading as LOADING
+from mmptq.engine.lock import locked
 from mmptq.quantizers import Quantizer
 from mmptq.wrapping.configs import quantized_config
 
@@ -443,3 +444,13 @@ def test_a_checkpoint_is_read_once_and_every_hook_sees_it(upernet, tmp_path, mon
              cfg_options={**FEW, 'custom_hooks': [dict(type='Seeing')]})
     assert read == loaded == [upernet.checkpoint]
     assert len(seen) == 2 and len(set(seen)) == 1  # of the quantized model's Runner and of the float one's
+
+
+def test_a_second_run_into_the_same_work_dir_is_refused_and_changes_nothing(upernet, tmp_path):
+    settings = dict(work_dir=tmp_path, cfg_options=FEW, calib_images=1, evaluate=False)
+    with locked(tmp_path):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(QuantizationError, match=r'another run writes to work_dir .*--work-dir'):
+            quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', **settings)
+        assert sorted(tmp_path.iterdir()) == before
+    assert quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', **settings)['layers']
