@@ -1,9 +1,11 @@
-# make demo: installs everything into .venv and quantizes the bundled models.   make test: installs and runs the tests.
+# make demo: installs everything into .venv and quantizes the bundled models.   make test: installs and runs all tests.
+# make check: what to run while working: linters, types and the quick tests.
 # Settings: PYTHON, TORCH (see requirements/install.sh), PYTEST_ARGS
 VENV := .venv
+LINT := .venv-lint
 RUN := $(VENV)/bin/python
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test lint check clean
 
 install:
 	@requirements/install.sh $(VENV)
@@ -14,9 +16,13 @@ demo: install
 test: install
 	@$(RUN) -m pytest $(PYTEST_ARGS)
 
-lint: install
-	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/mypy
+lint:
+	@requirements/lint.sh $(LINT)
+	@$(LINT)/bin/ruff check .
+	@$(LINT)/bin/mypy
+
+check: lint install
+	@$(RUN) -m pytest -m "not slow and not integration" $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) demo/data work_dirs
+	rm -rf $(VENV) $(LINT) demo/data work_dirs

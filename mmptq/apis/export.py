@@ -9,7 +9,6 @@ from mmengine.config import Config
 
 from ..checkpoints.about import how_made
 from ..checkpoints.packed import read_checkpoint
-from ..checkpoints.reading import is_calibrated
 from ..engine.data import load_config
 from ..errors import QuantizationError
 from ..wrapping.configs import float_model
@@ -55,6 +54,4 @@ def export(config: str | Config, checkpoint: str, out: str, shape: tuple[int, in
         raise QuantizationError(f'{checkpoint} is not quantized: there is nothing to export (mmptq quantize makes quantized.pth)')
     cfg = load_config(config, cfg_options)
     model: Any = build_quantized(float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint)
-    if not is_calibrated(model.backbone):
-        raise QuantizationError(f'{checkpoint} is not calibrated: its quantizers have no parameters')
     return export_onnx(model.backbone, path, shape, dynamic)

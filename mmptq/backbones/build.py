@@ -34,7 +34,7 @@ def refuse_misfit(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: 
     ranges = index_ranges(module)
     for name, own in module.state_dict().items():
         value = given.get(name)
-        if value is None and not name.endswith('num_batches_tracked'):
+        if value is None and not name.endswith(OPTIONAL):
             raise QuantizationError(f'the checkpoint is of another model: it lacks {prefix}{name}')
         fault = None if value is None else state_fault(value, own, ranges.get(name))
         if fault and not is_parameter_of_quantizer(name):
@@ -43,6 +43,10 @@ def refuse_misfit(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: 
     surplus = [key for key in given if is_parameter_of_quantizer(key) and key not in places and not key.endswith('.gain')]
     if surplus:
         raise QuantizationError(f'the checkpoint has parameters of quantizers that the recipe does not have: {prefix}{surplus[0]}')
+
+
+OPTIONAL = ('num_batches_tracked', '.rescale.gain')
+"""Ends of the names that a checkpoint may lack: old ones have no counts, and where the float weight is there a gain follows from it."""
 
 
 def is_parameter_of_quantizer(key: str) -> bool:

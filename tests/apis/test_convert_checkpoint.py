@@ -321,8 +321,8 @@ REFUSED = {
     'layer scale': (lambda: {**vit_weights(), 'blocks.0.ls1.gamma': torch.zeros(4)}, ['VisionTransformer', 'blocks.0.ls1.gamma']),
     'a list': (lambda: [torch.zeros(1)], ['no weights']),
     'nothing': (lambda: {'state_dict': {}}, ['no weights']),
-    'text': (lambda: {'model': {'blocks.0.norm1.weight': 'text'}}, ['no weights']),
-    'code': (lambda: {'model': vit_weights(), 'args': Code()}, ['weights_only']),
+    'text': (lambda: {'model': {'blocks.0.norm1.weight': 'text'}}, ['norm1.weight is no tensor']),
+    'code': (lambda: {'model': vit_weights(), 'args': Code()}, ['cannot be read safely']),
 }
 
 

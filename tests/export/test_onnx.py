@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 from onnx import TensorProto
 
-from mmptq import QuantizationError, __version__
+from mmptq import QuantizationError
 from mmptq.apis import export, load_recipe
 from mmptq.backbones import find_spec
 from mmptq.calibration import Call, calibrate
@@ -21,7 +21,7 @@ from mmptq.export.onnx import build_graph, compare, export_onnx
 from mmptq.quantizers import calibrated_parts
 from mmptq.wrapping.configs import quantized_config
 
-from ..conftest import FAST, SWIN, VIT, build_in, image, randomized
+from ..conftest import FAST, SWIN, VIT, about, build_in, image, randomized
 
 TIMM = dict(type='mmptq.TimmBackbone', model_name='vit_tiny_patch16_224', out_indices=(1,), embed_dim=16, depth=2, num_heads=2, img_size=32)
 METHODS = {'adalog': FAST, 'uqvit': dict(images=1, rows=64, alphas=[0.0], plain_alphas=[0.2], propagate_error=False), 'minmax': {}}
@@ -150,12 +150,12 @@ def files(tmp_path_factory):
     cfg.dump(folder / 'config.py')
     built = randomized(build_in('mmseg', quantized_config(cfg, recipe, 'backbone').model))
     backbone = built.backbone
-    about = dict(version=__version__, scope='backbone', recipe=recipe, bits=recipe['bits'], calibration=dict(images=1), size={}, layers=[])
+    said = about(recipe)
     torch.save({'state_dict': built.state_dict()}, folder / 'float.pth')
-    torch.save({'state_dict': built.state_dict(), 'meta': {'mmptq': about}}, folder / 'uncalibrated.pth')
+    torch.save({'state_dict': built.state_dict(), 'meta': {'mmptq': said}}, folder / 'uncalibrated.pth')
     calibrate(backbone, find_spec(backbone).block_names(backbone), [Call((image(64, 64),))], backbone.quantization.recipe.build_method())
-    torch.save({'state_dict': built.state_dict(), 'meta': {'mmptq': about}}, folder / 'quantized.pth')
-    write_packed(built, cfg, about, {}, folder / 'quantized.safetensors')
+    torch.save({'state_dict': built.state_dict(), 'meta': {'mmptq': said}}, folder / 'quantized.pth')
+    write_packed(built, cfg, said, {}, folder / 'quantized.safetensors')
     return folder
 
 
@@ -178,7 +178,7 @@ def test_the_command_takes_both_kinds_of_checkpoints(files, tmp_path, capsys):
 
 @pytest.mark.parametrize(('checkpoint', 'out', 'message'), [
     ('float.pth', 'a.onnx', 'float.pth is not quantized'),
-    ('uncalibrated.pth', 'a.onnx', 'uncalibrated.pth is not calibrated'),
+    ('uncalibrated.pth', 'a.onnx', 'uncalibrated.pth says that it was quantized, but has no parameters'),
     ('missing.pth', 'a.onnx', 'missing.pth does not exist'),
     ('quantized.pth', 'a.pt', 'a.pt: name a file that ends with .onnx'),
     ('quantized.pth', 'folder/a.onnx', 'folder does not exist'),
