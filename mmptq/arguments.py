@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from mmengine.config import DictAction
@@ -70,7 +71,7 @@ def said_type(annotation: Any) -> Any:
 
 def is_union(annotation: Any) -> bool:
     """Whether a type is a choice of several."""
-    return get_origin(annotation) in (Union, type(int | str))
+    return get_origin(annotation) in (Union, UnionType)
 
 
 def switch(flag: str, default: bool) -> Any:
