@@ -6,7 +6,6 @@ import logging
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS
 
 from mmptq import QuantizationError
 from mmptq.checkpoints.reading import is_calibrated, load_file
@@ -15,6 +14,7 @@ from mmptq.engine.options import options_of_call
 from mmptq.engine.ptq import PTQ, log_images, skipped_layers
 from mmptq.layers import QuantOp
 
+from ..conftest import build_in
 from ..fuzz.harnesses import honest
 
 
@@ -27,7 +27,7 @@ def work(tmp_path):
         cfg.custom_hooks = [dict(type='mmptq.PTQHook', images=2, resume=True)]
         logger = logging.getLogger('test')
         made = PTQ(options_of_call(options), cfg, tmp_path, logger, 'a.pth')
-        model = MODELS.build(honest().cfg.model)
+        model = build_in('mmseg', honest().cfg.model)
         meta = {'mmptq': honest().about, 'dataset_meta': honest().meta}
         made.load(model, {'state_dict': honest().state, 'meta': meta})
         return made, model
