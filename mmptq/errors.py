@@ -1,6 +1,10 @@
 """The one error that mmptq raises for what a user can mend; its text says what to do."""
 
 
+LONGEST = 2000
+"""Characters of a message; what a file says may be longer."""
+
+
 class QuantizationError(RuntimeError):
     """Input that cannot be quantized as asked.
 
@@ -9,7 +13,8 @@ class QuantizationError(RuntimeError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        cut = message if len(message) <= LONGEST else f'{message[:LONGEST]} ...'
+        super().__init__(printable(cut))
 
 
 def printable(text: str) -> str:

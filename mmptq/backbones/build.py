@@ -22,12 +22,16 @@ TRAINING_ONLY = ('auxiliary_head.',)
 """Parts of a segmentor that a test does not run."""
 
 
-def refuse_misfit(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def refuse_misfit(module: nn.Module, state: Mapping[str, Any], prefix: str, about: Mapping[str, Any], *_: Any) -> None:
     """Before a checkpoint is loaded, by whom ever: raises QuantizationError if it is calibrated and does not fit.
 
     mmengine passes over weights that are missing or have another shape. With quantizers that were calibrated for a whole model, that
-    must not be: the key is named.
+    must not be: the key is named. ``about`` holds, under ``mmptq``, what a file that was read by us says of itself: recipe and scope must
+    be the module's.
     """
+    made = about.get('mmptq')
+    if made:
+        refuse_other(module.quantization, made, 'the checkpoint')  # type: ignore[arg-type]
     given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not any('_quantizer.' in key for key in given):
         return  # a float checkpoint; its keys are compared elsewhere
@@ -49,6 +53,13 @@ OPTIONAL = ('num_batches_tracked', '.rescale.gain')
 """Ends of the names that a checkpoint may lack: old ones have no counts, and where the float weight is there a gain follows from it."""
 
 
+def refuse_other(report: ConversionReport, made: Mapping[str, Any], source: str) -> None:
+    """Raises QuantizationError if a file says that it was quantized by another recipe, or at another scope, than a model is."""
+    if made['scope'] != report.scope or Recipe.from_dict(made['recipe']) != report.recipe:
+        raise QuantizationError(f'{source} was quantized with recipe {made["recipe"]["name"]}, bits {made["bits"]}, scope {made["scope"]}, '
+                                'and not as asked for; use the float checkpoint, or that recipe and scope')
+
+
 def is_parameter_of_quantizer(key: str) -> bool:
     """Whether a key of a state is that of a quantizer's parameter, which the quantizer itself checks."""
     return '_quantizer.' in key or '.rescale.' in key
@@ -64,7 +75,9 @@ def state_fault(value: Any, own: Tensor, places: tuple[int, int] | None) -> str 
     """Why a value cannot be that of a weight or buffer, if it is so."""
     if not isinstance(value, Tensor) or value.shape != own.shape:
         return f'has the shape {tuple(getattr(value, "shape", ()))}, not {tuple(own.shape)}'
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+    if value.is_floating_point() != own.is_floating_point() or (value.dtype == torch.bool) != (own.dtype == torch.bool):
+        return f'is of type {value.dtype}, not {own.dtype}'
+    if not bool(torch.isfinite(value.to(own.dtype)).all()):
         return 'holds values that are NaN or infinite'
     if places and value.numel() and not places[0] <= int(value.min()) <= int(value.max()) <= places[1]:
         return f'holds places outside of {places[0]} to {places[1]}'

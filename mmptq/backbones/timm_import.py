@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +44,11 @@ def import_timm() -> ModuleType:
     except (ImportError, RuntimeError) as error:
         raise QuantizationError(f'{_installed("timm")} cannot be imported beside torch {torch.__version__} ({error}): '
                                 'pip install --no-deps --upgrade timm') from error
+
+
+def timm_is_installed() -> bool:
+    """Whether timm is among the installed packages, or in :data:`FOLDER`; a folder of that name in the working directory is not."""
+    return bool(packages_distributions().get('timm')) or (FOLDER / 'timm').is_dir()
 
 
 def _installed(package: str) -> str:

@@ -8,15 +8,17 @@ that has nothing to do with quantized models mmengine stays as it is.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_from_http
 
-from .about import how_made
+from .about import dataset_meta, how_made
 from .packed import read_checkpoint
-from .reading import safe_loading
+from .plain import plain_parts
+from .reading import safe_loading, without_unread
 
 
 @CheckpointLoader.register_scheme(prefixes='', force=True)
@@ -27,8 +29,35 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
         QuantizationError: If it is damaged, needs code to be read, or does not say how it was made.
     """
     checkpoint = read_checkpoint(str(Path(filename).expanduser()))
-    how_made(checkpoint, filename)
-    return checkpoint
+    made = how_made(checkpoint, filename)
+    state = OrderedDict(checkpoint['state_dict'])
+    # Versions reach the module that loads a state dict: there recipe and scope are compared.
+    versions = dict(getattr(checkpoint['state_dict'], '_metadata', {}))
+    if made:
+        for root in ('', 'backbone'):
+            versions[root] = {**versions.get(root, {}), 'mmptq': made.to_dict()}
+    state._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
+    others = {key: value for key, value in checkpoint.items() if key not in ('state_dict', 'meta')}
+    return {
+        **without_unread(others),
+        'state_dict': state,
+        'meta': _meta(checkpoint),
+    }
+
+
+def _meta(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says beside its weights, plain; without its config, which mmengine would run.
+
+    ``init_detector`` and ``init_model`` use what is under ``CLASSES`` as it is.
+    """
+    meta = plain_parts(checkpoint.get('meta'), 'meta')
+    meta.pop('config', None)
+    names = meta.get('CLASSES', [])
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        meta.pop('CLASSES')
+    if 'dataset_meta' in meta:
+        meta['dataset_meta'] = dataset_meta(checkpoint)
+    return meta
 
 
 @CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), force=True)

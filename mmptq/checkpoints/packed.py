@@ -17,7 +17,7 @@ from ..wrapping.configs import float_model
 from .about import checked_about
 from .packing import pack_state, unpack_state
 from .plain import plain
-from .reading import is_calibrated, load_file, require_file
+from .reading import checked_state, is_calibrated, load_file, require_file
 from .writing import write_atomically
 
 FORMAT, VERSION = 'mmptq-packed', 1
@@ -47,7 +47,10 @@ def write_packed(model: nn.Module, cfg: Config, about: Mapping[str, Any], datase
     content = dict(layout, version=VERSION, model=packed_model(cfg), default_scope=cfg.get('default_scope') or 'mmengine',
                    dataset_meta=_to_json(dict(dataset_meta or {}), 'dataset_meta'), mmptq=_to_json(dict(about), 'mmptq'))
     metadata = {FORMAT: json.dumps(content, sort_keys=True)}  # one entry: safetensors would write several in any order
-    write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    try:
+        write_atomically(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    except safetensors.SafetensorError as error:
+        raise QuantizationError(f'{path} cannot be written: {error}') from None
 
 
 def read_packed(path: str | Path) -> dict[str, Any]:
@@ -60,9 +63,11 @@ def read_packed(path: str | Path) -> dict[str, Any]:
     require_file(path)
     try:
         with safetensors.safe_open(path, 'pt') as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise QuantizationError(f'{path} cannot be read as a safetensors file, it is damaged or truncated: {error}') from None
+    tensors = dict(checked_state(tensors, path))
     try:
         content = _checked(metadata)
         state = unpack_state(tensors, content['weights'], content['adalog'])

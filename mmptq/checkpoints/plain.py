@@ -8,14 +8,16 @@ from typing import Any
 
 from ..errors import QuantizationError
 
-MOST_VALUES = 1_000_000
+MOST_VALUES = 200_000
 """Values that a file may hold beside its tensors; more of them are no description of a model."""
 
 MOST_LEVELS = 40
 """How deep they may be nested."""
 
-MOST_CHARACTERS = 100_000
-"""How long one text may be."""
+MOST_CHARACTERS = 4_000_000
+"""Length of all texts together, each counted where it stands: one that is shared stands in many places."""
+
+LONGEST_TEXT = 10_000
 
 LARGEST = 2**63
 """The magnitude below which whole numbers lie, those that every reader of JSON takes."""
@@ -45,9 +47,10 @@ def plain_parts(value: Any, what: str) -> dict[str, Any]:
     something else, a map of numbers say, is left out.
     """
     result: dict[str, Any] = {}
+    copy = _Copy()
     for key, item in dict.items(value) if type(value) in (dict, OrderedDict) else ():
         try:
-            result.update(plain({key: item}, what))
+            result.update(copy.of({key: item}, what, 0))
         except QuantizationError:
             continue
     return result
@@ -58,10 +61,12 @@ class _Copy:
 
     def __init__(self) -> None:
         self.count = 0
+        self.characters = 0
 
     def of(self, value: Any, where: str, level: int) -> Any:
         self.count += 1
-        if self.count > MOST_VALUES or level > MOST_LEVELS:
+        self.characters += len(value) if type(value) is str else 0
+        if self.count > MOST_VALUES or self.characters > MOST_CHARACTERS or level > MOST_LEVELS:
             raise QuantizationError(f'{where[:200]}: the file holds too much beside its tensors')
         kind = type(value)
         if value is None or kind is bool:
@@ -70,7 +75,7 @@ class _Copy:
             return value
         if kind is float and math.isfinite(value):
             return value
-        if kind is str and len(value) <= MOST_CHARACTERS and _is_text(value):
+        if kind is str and len(value) <= LONGEST_TEXT and _is_text(value):
             return value
         if kind in (list, tuple):
             items = enumerate(value)
@@ -86,6 +91,7 @@ class _Copy:
         )
 
     def key(self, key: Any, where: str) -> str:
+        self.characters += len(key) if type(key) is str else 0
         if type(key) is not str or len(key) > 1000 or not _is_text(key):
             raise QuantizationError(
                 f'{where[:200]}: names are to be printable text, not {_described(key)}'

@@ -63,12 +63,13 @@ def load_progress(path: Path, identity: str) -> dict[str, BlockResult]:
         return {}
     try:
         found, blocks = _blocks(path)
+        known = found['identity'] == identity
         intact = found['checksum'] == checksum(found['identity'], blocks)
     except (QuantizationError, KeyError, TypeError, ValueError):
-        intact = False
+        known = intact = False
     if not intact:
         raise QuantizationError(f'{path} is damaged; remove it to calibrate from the start')
-    if found['identity'] != identity:
+    if not known:
         raise QuantizationError(
             f'{path} is of a run with another checkpoint, recipe, seed or other images; remove it, or '
             'do not --resume'
@@ -90,7 +91,11 @@ def _blocks(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
     about = plain({key: content[key] for key in ('identity', 'checksum')}, str(path))
     if not all(isinstance(text, str) for text in about.values()):
         raise TypeError('its hashes are no text')
-    return about, [_block(block, path) for block in content['blocks']]
+    blocks = [_block(block, path) for block in content['blocks']]
+    tensors = [value for block in blocks for value in block['params'].values()]
+    if sum(value.numel() * value.element_size() for value in tensors) > 2 * path.stat().st_size:
+        raise ValueError('its tensors share what they hold')
+    return about, blocks
 
 
 def _block(block: Any, path: Path) -> dict[str, Any]:

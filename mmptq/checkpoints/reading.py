@@ -7,8 +7,8 @@ Four layers, each for what the one before cannot see: the archive (no bomb), the
 from __future__ import annotations
 
 import os
-import pickletools
 import re
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import QuantizationError
 from ..quantizers import calibrated_parts
+from .pickles import Machine
 
 LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 """What a file of torch.save begins with that is no zip archive (before torch 1.6)."""
@@ -36,26 +37,30 @@ DTYPES = {
 }
 """Types that the weights and parameters of a model may have in a file."""
 
-KNOWN = {
+MAKERS = {
     '__builtin__ complex',
-    '__builtin__ set',
-    'collections Counter',
     'collections OrderedDict',
     'torch Size',
     'torch device',
     'torch.nn.parameter Parameter',
-    'torch.storage UntypedStorage',
     'torch._utils _rebuild_parameter',
     'torch._utils _rebuild_tensor_v2',
+}
+"""Names, as a pickle has them, of what makes tensors and plain data."""
+
+KNOWN = {
+    *MAKERS,
+    'torch.storage UntypedStorage',
     *(f'torch {kind}Storage' for kind in STORAGES),
     *(str(dtype).replace('.', ' ') for dtype in DTYPES),
 }
-"""Names, as a pickle has them, that tensors and plain data are made of."""
+"""All names that tensors and plain data are made of; storages are named, and never called."""
 
 UNREAD = {
     '_codecs encode',
     '__builtin__ getattr',
     'builtins getattr',
+    'mmengine.config.config ConfigDict',
     'mmengine.logging.history_buffer HistoryBuffer',
     'numpy dtype',
     'numpy ndarray',
@@ -78,6 +83,14 @@ class Unread:
 
     def __setstate__(self, state: object) -> None:
         pass
+
+
+def without_unread(value: Any) -> Any:
+    """A value without the entries that were passed over; of dicts in dicts, as a Runner saves them."""
+    if type(value) not in (dict, OrderedDict):
+        return value
+    items = ((key, without_unread(item)) for key, item in dict.items(value))
+    return {key: item for key, item in items if not isinstance(item, Unread)}
 
 
 @contextmanager
@@ -155,16 +168,18 @@ def _names_in(path: str | Path) -> set[str]:
     Raises:
         ValueError: If it is no file of ``torch.save``, or inflates.
     """
+    if tarfile.is_tarfile(path):
+        raise ValueError('it is a file of a torch before 0.2')
     with open(path, 'rb') as file:
         start = file.read(max(4, len(LEGACY)))
         if start.startswith(b'PK\x03\x04'):
-            return _names_of(_pickle_of_archive(file))
+            return Machine(MAKERS | UNREAD).run(_pickle_of_archive(file))
         if start != LEGACY:
             raise ValueError('it is not a file of torch.save')
         file.seek(0)
         names: set[str] = set()
         for _ in range(5):  # magic number, protocol, machine, content, keys of the storages
-            names |= _names_of(file)
+            names |= Machine(MAKERS | UNREAD).run(file)
         return names
 
 
@@ -178,22 +193,16 @@ def _pickle_of_archive(file: IO[bytes]) -> bytes:
             raise ValueError(f'its {size} bytes inflate to {inflated}')
         if archive.comment or len({entry.filename for entry in entries}) < len(entries):
             raise ValueError('its archive is not as torch.save writes it')
+        if len({entry.filename.partition('/')[0] for entry in entries}) != 1:
+            raise ValueError('its archive has more than one folder')
+        if any(entry.filename.endswith('constants.pkl') for entry in entries):
+            raise ValueError('it is a program of TorchScript; save its state_dict')
         pickles = [entry for entry in entries if entry.filename.rpartition('/')[2] == 'data.pkl']
         if len(pickles) != 1:
             raise ValueError(f'it has {len(pickles)} data.pkl, not one')
         if pickles[0].file_size > LONGEST_PICKLE:
             raise ValueError(f'its data.pkl has {pickles[0].file_size} bytes')
         return archive.read(pickles[0])
-
-
-def _names_of(pickle: bytes | IO[bytes]) -> set[str]:
-    names = set()
-    for opcode, argument, _ in pickletools.genops(pickle):
-        if opcode.name == 'GLOBAL':
-            names.add(str(argument))
-        elif opcode.name in ('STACK_GLOBAL', 'INST', 'EXT1', 'EXT2', 'EXT4'):
-            raise ValueError('its pickle is not as torch.save writes it')
-    return names
 
 
 def load_file(path: str | Path) -> dict[str, Any]:
@@ -206,7 +215,7 @@ def load_file(path: str | Path) -> dict[str, Any]:
     content = read_file(path)
     if type(content) not in (dict, OrderedDict):
         raise QuantizationError(f'{path} holds no state_dict')
-    checkpoint = dict(dict.items(content))
+    checkpoint = {key: value for key, value in dict.items(content) if type(key) is str}
     if 'state_dict' not in checkpoint:
         checkpoint = {'state_dict': content}
     checkpoint['state_dict'] = checked_state(checkpoint['state_dict'], path)
@@ -224,7 +233,8 @@ def checked_state(state: Any, path: str | Path) -> OrderedDict[str, Tensor]:
     result: OrderedDict[str, Tensor] = OrderedDict()
     for key, value in dict.items(state):
         if type(key) is not str or not isinstance(value, Tensor):
-            raise QuantizationError(f'{path} holds no state_dict: {str(key)[:100]} is no tensor')
+            name = key[:100] if type(key) is str else f'a key of type {type(key).__name__}'
+            raise QuantizationError(f'{path} holds no state_dict: {name} is no tensor')
         if len(key) > 500 or not key.isprintable():
             raise QuantizationError(f'{path} has a weight of the name {key[:100]!r}')
         fault = tensor_fault(value)

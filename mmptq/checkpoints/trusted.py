@@ -8,20 +8,32 @@ than its weights can fill.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import mmengine.registry.registry as registries
 import torch
 from mmengine.registry import MODELS, TASK_UTILS, Registry
 from torch.overrides import TorchFunctionMode
 
+from ..backbones.timm_import import timm_is_installed
 from ..errors import QuantizationError
 from .reading import safe_loading
+
+resource: ModuleType | None
+try:
+    import resource
+except ModuleNotFoundError:  # not on Windows
+    resource = None
+if not Path('/proc/self/status').exists():  # nor where it would be of no use, as on macOS
+    resource = None
 
 
 def _names(text: str) -> frozenset[str]:
@@ -75,7 +87,6 @@ MMSEG = _names("""
 
 
 CLASSES = {
-    '': LAYERS,
     'mmcv': LAYERS,
     'mmengine': LAYERS,
     'mmdet': LAYERS | MMDET,
@@ -83,13 +94,28 @@ CLASSES = {
     'mmpretrain': LAYERS | {'VisionTransformer', 'SwinTransformer', 'ClsDataPreprocessor'},
     'mmptq': {'TimmBackbone'},
 }
-"""By scope: the classes that are built from a file. Each was looked at: none reads a file or address."""
+"""By scope: the classes that are built from a file. Losses read files that a text names, and several layers
+look up what a text names; texts are on a list, too."""
+
+WORDS = _names("""
+    add all_levels area avg BASIC bicubic bilinear BOTTLENECK caffe ciou cls_token concat
+    cond_elewise corner diou featmap giou ignore iou linear map mean multiple_select nearest none
+    normal on_input on_lateral on_output project pytorch raw resize_concat slide sum token whole
+    xywh xyxy
+""")
+"""Texts that arguments may be."""
+
+PATTERNS = {
+    'arch': re.compile(r'[a-z]+(-[a-z]+)*'),
+    'loss_name': re.compile(r'loss_\w+'),
+    'model_name': re.compile(r'[a-z]\w*(\.\w+)?'),
+}
+"""Texts that single arguments may be beside: mmpretrain's sizes, names of losses, models of timm."""
 
 PLACES = re.compile(r'pretrained|check_?point|ckpt|file|url|uri|teacher|cache|load|_dir|config')
 """Names of arguments that say where something is to be read from."""
 
-WORD = re.compile(r'[\w\-]*')
-DOTTED = re.compile(r'\w[\w\-]*(\.\w[\w\-]*)*')
+DOTTED = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)?')
 MOST = 2**20
 """Whole numbers in a config are less: nothing in a model is so large."""
 
@@ -122,9 +148,9 @@ def _checked(value: Any, scope: str, where: str) -> Any:
         }
     if isinstance(value, list | tuple):
         return type(value)(_checked(item, scope, where) for item in value)
-    if isinstance(value, str) and not WORD.fullmatch(value):
-        raise QuantizationError(f'{where}={value[:100]!r} could name a place; {OWN}')
-    if isinstance(value, int | float) and not abs(value) < MOST and math.isfinite(value):
+    if isinstance(value, str) and value not in WORDS:
+        raise QuantizationError(f'{where}={value[:100]!r} is no text that a model from a file may have; {OWN}')
+    if isinstance(value, int) and not abs(value) < MOST:
         raise QuantizationError(f'{where}={value} is larger than anything in a model; {OWN}')
     return value
 
@@ -144,8 +170,8 @@ def _argument(key: str, value: Any, scope: Any, where: str) -> Any:
         return value
     if PLACES.search(key) and value not in (None, False):
         raise QuantizationError(f'{where} names a place to read from; {OWN}')
-    if key == 'model_name' and isinstance(value, str) and DOTTED.fullmatch(value):
-        return value  # timm's, such as vit_tiny_patch16_224.augreg_in21k
+    if key in PATTERNS and isinstance(value, str) and PATTERNS[key].fullmatch(value):
+        return value
     return _checked(value, scope, where)
 
 
@@ -162,8 +188,8 @@ def _check_class(name: Any, default_scope: Any, where: str) -> None:
     found = any(key in registry.module_dict for registry in _registries(scope))
     if not found and (scope != default_scope or key not in LAYERS):
         raise QuantizationError(f'{where}={name!r}: the class is not installed')
-    if not found and key not in ('nms', 'soft_nms') and find_spec(key) is not None:
-        raise QuantizationError(f'{where}={name!r}: a module of this name would be imported; {OWN}')
+    if key == 'TimmBackbone' and 'timm' not in sys.modules and not timm_is_installed():
+        raise QuantizationError(f'{where}={name!r}: timm is not installed')
 
 
 def _registries(scope: str) -> Iterator[Registry]:
@@ -175,8 +201,13 @@ def _registries(scope: str) -> Iterator[Registry]:
 
 
 def _import(scope: str) -> None:
-    """Imports a package on the list, whose classes are then in the registries."""
-    for module in {'': ()}.get(scope, (f'{scope}.registry', f'{scope}.models')):
+    """Imports a package on the list, whose classes are then in the registries.
+
+    Only one that is installed: a folder of its name beside a file is not.
+    """
+    if scope not in sys.modules and not packages_distributions().get(scope):
+        return
+    for module in (f'{scope}.registry', f'{scope}.models'):
         try:
             import_module(module)
         except ImportError:
@@ -203,11 +234,11 @@ class Bounded(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        self.calls -= 1  # copies of layers make no new tensors, but calls
         if func in self.NEW:
-            self.calls -= 1
             self.values -= _count(args) + _count(tuple((kwargs or {}).values()))
-            if self.calls < 0 or self.values < 0:
-                raise QuantizationError('the model is much larger than the weights in the file')
+        if self.calls < 0 or self.values < 0:
+            raise QuantizationError('the model is much larger than the weights in the file')
         return func(*args, **(kwargs or {}))
 
 
@@ -222,8 +253,45 @@ def _count(arguments: Any) -> int:
     return product
 
 
+def _not_imported(name: str) -> None:
+    """Stands for mmengine's last resort for a name that no registry has: to import it."""
+
+
+@contextmanager
+def _no_imports_by_name() -> Iterator[None]:
+    before = registries.get_object_from_string
+    registries.get_object_from_string = _not_imported
+    try:
+        yield
+    finally:
+        registries.get_object_from_string = before
+
+
+@contextmanager
+def _little_memory(size: int) -> Iterator[None]:
+    """Within it the process gets so many bytes more and no others, where the system can see to that."""
+    if resource is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    used = _data_bytes()
+    limits = [used + size, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _data_bytes() -> int:
+    """What the process has of memory that counts for RLIMIT_DATA."""
+    fields = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
+    return int(fields['VmData'].split()[0]) * 1024
+
+
 @contextmanager
 def guarded(tensors: int, values: int) -> Iterator[None]:
-    """Within it a model is built for so many tensors with so many values, and reads no code from files."""
-    with safe_loading(), Bounded(4 * values + 2**24, 100 * tensors + 10_000):
+    """Within it a model is built for so many tensors with so many values, and nothing is read or imported by name."""
+    bounds = Bounded(4 * values + 2**24, 200 * tensors + 50_000)
+    with safe_loading(), _no_imports_by_name(), _little_memory(16 * values + 2**31), bounds:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..backbones.build import refuse_other
 from ..backbones.convert import leave_float
 from ..calibration import check_weights
 from ..checkpoints.about import how_made
@@ -30,12 +31,8 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
     """
     report = quantization(model)
     made = how_made(checkpoint, source)
-    if made and (made.scope != report.scope or made.recipe != report.recipe.to_dict()):
-        raise QuantizationError(
-            f'{source} was quantized with recipe {made.recipe["name"]}, bits {made.bits.to_dict()}, '
-            f'scope {made.scope}, and not as asked for; use the float checkpoint, or that recipe and '
-            'scope'
-        )
+    if made:
+        refuse_other(report, made.to_dict(), source)
 
     idle = made.idle_layers() if made else []
     try:
