@@ -22,7 +22,7 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['mmptq', 'mmptq.*']),
     package_data={'mmptq': ['py.typed', '.mim/model-index.yml', '.mim/configs/**/*.py', '.mim/configs/**/*.yml']},
-    install_requires=['torch>=2.0', 'numpy', 'pydantic>=2', 'rich', 'safetensors'],
+    install_requires=['torch>=2.0', 'numpy', 'filelock', 'pydantic>=2', 'rich', 'safetensors'],
     extras_require={
         'det': ['mmengine>=0.10', 'mmcv>=2.0,<2.2', 'mmdet>=3.3,<4'],
         'seg': ['mmengine>=0.10', 'mmcv>=2.0,<2.2', 'mmsegmentation>=1.2,<2', 'ftfy', 'regex'],

@@ -18,11 +18,11 @@ from common import parser, report
 from mmengine.registry import MODELS, init_default_scope
 
 from mmptq.apis import load_recipe
-from mmptq.apis.quantize import quantized_config
 from mmptq.checkpoints.reading import is_calibrated
 from mmptq.engine.calibration import calibrate_model
 from mmptq.engine.data import CalibrationSet, load_config
 from mmptq.engine.memory import Peak
+from mmptq.wrapping.configs import quantized_config
 
 
 class Noise:

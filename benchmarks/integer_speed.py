@@ -41,11 +41,11 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
 from mmptq.apis import load_recipe
-from mmptq.apis.quantize import quantized_config
 from mmptq.engine.calibration import calibrate_model
 from mmptq.engine.data import CalibrationSet, load_config
 from mmptq.engine.memory import Peak
 from mmptq.runtime import to_integer
+from mmptq.wrapping.configs import quantized_config
 
 DETECTOR = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py'
 SEGMENTOR = 'mmseg::vit/vit_deit-s16_mln_upernet_8xb2-160k_ade20k-512x512.py'

@@ -8,7 +8,7 @@ from pathlib import Path
 from generate_data import generate
 from rich.console import Console
 
-from mmptq.analysis.summary import result_table
+from mmptq.analysis.table import result_table
 from mmptq.apis import compare
 
 DEMO = Path(__file__).resolve().parent

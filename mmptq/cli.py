@@ -4,100 +4,30 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from mmengine.config import DictAction
 from mmengine.dist import is_main_process
 from rich.console import Console
 
-from .analysis.summary import result_table
-from .apis import PAPER_IMAGES, convert_checkpoint, export, pack, quantize, recipe_names, recipe_of
+from .analysis.table import result_table
+from .apis import convert_checkpoint, export, pack
+from .apis.quantize import run as quantize
+from .arguments import add_config_changes, add_quantize_arguments
 from .checkpoints.layouts import LAYOUTS
-from .engine.hook import BACKENDS
+from .engine.options import Options, options_of_command
 from .errors import QuantizationError
-
-
-def key_value(text: str) -> str:
-    """One change of a config, checked; DictAction takes it apart."""
-    if '=' not in text:
-        raise argparse.ArgumentTypeError(f'{text!r} is not key=value')
-    return text
-
-
-def pattern_bits(text: str) -> tuple[str, tuple[int, ...]]:
-    """A pattern and bits of weights, activations and, optionally, attention probabilities: PATTERN=W,A or PATTERN=W,A,S."""
-    pattern, _, numbers = text.rpartition('=')
-    try:
-        bits = tuple(map(int, numbers.split(',')))
-    except ValueError:
-        bits = ()
-    if not pattern or len(bits) not in (2, 3):
-        raise argparse.ArgumentTypeError(f'{text!r} is not PATTERN=W,A or PATTERN=W,A,S')
-    return pattern, bits
-
-
-def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of mmdet's tools/test.py, and those of quantization."""
-    parser.add_argument('config', help='config file of mmdet or mmsegmentation, or package::name')
-    parser.add_argument('checkpoint', help='checkpoint file, float or quantized (.safetensors: packed)')
-    parser.add_argument('--work-dir', help='directory for quantized.pth, quantized.py and summary.json (default: '
-                        'work_dirs/CONFIG_RECIPE)')
-    parser.add_argument('--out', help='file (mmsegmentation: directory) for the predictions of the quantized model')
-    parser.add_argument('--show', action='store_true', help='show predictions')
-    parser.add_argument('--show-dir', help='directory for painted predictions')
-    parser.add_argument('--wait-time', type=float, default=2, help='interval of --show, s')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, type=key_value, help='changes of the config, key=value')
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
-    parser.add_argument('--tta', action='store_true', help='evaluate with test-time augmentation')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-
-    group = parser.add_argument_group('quantization')
-    group.add_argument('--recipe', help='METHOD_wXaY (default: adalog_w4a4, or that of a quantized checkpoint), a variant of it '
-                       '(adalog_w4a4_fast), or a config file that defines `recipe`')
-    group.add_argument('--method', help=f'instead of --recipe: one of {", ".join(recipe_names())}')
-    group.add_argument('--w-bits', type=int, help='with --method: bits of weights, 2 to 8 (default: 4)')
-    group.add_argument('--a-bits', type=int, help='with --method: bits of activations, 2 to 8 (default: 4)')
-    group.add_argument('--softmax-bits', type=int, help='with --method: bits of attention probabilities (default: those of activations)')
-    group.add_argument('--keep-float', nargs='+', default=[], metavar='PATTERN', help='layers and attention products (names in the model, '
-                       'such as backbone.patch_embed.*) that stay float')
-    group.add_argument('--layer-bits', nargs='+', default=[], type=pattern_bits, metavar='PATTERN=W,A', help='bits of single layers: of '
-                       'weights, activations and, as a third number, attention probabilities; the last pattern that matches counts')
-    group.add_argument('--scope', choices=['backbone', 'model'], help='what is quantized (default: backbone, or as in a quantized '
-                       'checkpoint; with --paper-protocol: model)')
-    group.add_argument('--calib-images', type=int, help='number of calibration images (default: 32)')
-    group.add_argument('--calib-cfg', help='config file whose train_dataloader has the calibration images')
-    group.add_argument('--calib-on-test', action='store_true', help='calibrate on evaluation images: a leak, logged as one')
-    group.add_argument('--paper-protocol', action='store_true', help='with a uqvit_* recipe: the setting of its official detection code, '
-                       'on the first two evaluation images: a leak, logged as one')
-    group.add_argument('--seed', type=int, default=0, help='seed of the calibration images and token samples (default: 0)')
-    group.add_argument('--float-eval', action=argparse.BooleanOptionalAction, default=True, help='evaluate the float model first')
-    group.add_argument('--no-eval', action='store_true', help='calibrate and save only')
-    group.add_argument('--pack', action='store_true', help='write quantized.safetensors too, with packed weights')
-    group.add_argument('--backend', choices=BACKENDS, default='simulated', help='how the quantized model is evaluated: rounded values in '
-                       'float32, or integers (default: simulated)')
-    group.add_argument('--resume', action='store_true', help='go on after the last block that an interrupted run calibrated')
 
 
 def run_quantize(args: argparse.Namespace) -> None:
     """Runs ``mmptq quantize``."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if args.recipe and args.method:
-        raise QuantizationError('give --recipe, or --method with --w-bits and --a-bits, not both')
-    if not args.method and any(bits is not None for bits in (args.w_bits, args.a_bits, args.softmax_bits)):
-        raise QuantizationError('--w-bits, --a-bits and --softmax-bits go with --method')
-    if args.paper_protocol and args.calib_images is not None:
-        raise QuantizationError(f'--paper-protocol calibrates on {PAPER_IMAGES} evaluation images: drop --calib-images')
-    recipe = args.recipe or ('uqvit_w4a4' if args.paper_protocol else None)
-    if args.method:
-        weight_bits, activation_bits = (4 if bits is None else bits for bits in (args.w_bits, args.a_bits))
-        recipe = recipe_of(args.method, weight_bits, activation_bits, args.softmax_bits)
-    summary = quantize(
-        args.config, args.checkpoint, recipe, scope=args.scope or ('model' if args.paper_protocol else None), work_dir=args.work_dir,
-        cfg_options=args.cfg_options, launcher=args.launcher, calib_images=32 if args.calib_images is None else args.calib_images,
-        calib_cfg=args.calib_cfg, calib_on_test=args.calib_on_test, as_in_paper=args.paper_protocol, seed=args.seed,
-        float_eval=args.float_eval, evaluate=not args.no_eval, resume=args.resume, pack=args.pack, backend=args.backend, out=args.out,
-        show=args.show, show_dir=args.show_dir, wait_time=args.wait_time, tta=args.tta, keep_float=args.keep_float,
-        layer_bits=dict(args.layer_bits))
+    given = dict(vars(args))
+    os.environ.setdefault('LOCAL_RANK', str(given.pop('local_rank')))
+    config, checkpoint = given.pop('config'), given.pop('checkpoint')
+    options = {name: value for name, value in given.items() if name in Options.model_fields}
+    if options.get('as_in_paper'):
+        options = {**defaults_in_paper(options), **options}
+    summary = quantize(config, checkpoint, options_of_command(options))
     if not is_main_process():
         return
     console = Console()
@@ -106,12 +36,18 @@ def run_quantize(args: argparse.Namespace) -> None:
     console.print(result_table([summary]))
 
 
+def defaults_in_paper(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--paper-protocol`` stands for where the user does not say otherwise."""
+    recipe = {} if options.get('method') else dict(recipe='uqvit_w4a4')
+    return dict(scope='model', **recipe)
+
+
 def add_pack_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``mmptq pack``."""
     parser.add_argument('config', help='config file that the model was quantized from, or its quantized.py')
     parser.add_argument('checkpoint', help='quantized.pth')
     parser.add_argument('--out', help='file to write (default: the checkpoint with the suffix .safetensors)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, type=key_value, help='changes of the config, key=value')
+    add_config_changes(parser)
 
 
 def run_pack(args: argparse.Namespace) -> None:
@@ -128,7 +64,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--shape', type=int, nargs=2, required=True, metavar=('HEIGHT', 'WIDTH'), help='size of the images that the '
                         'backbone gets, and of the one that it is compared on')
     parser.add_argument('--dynamic', action='store_true', help='any height and width, where torch can export that; slow for Swin')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, type=key_value, help='changes of the config, key=value')
+    add_config_changes(parser)
 
 
 def run_export(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ MAY_IMPORT = {
 
 MAY_NOT_IMPORT = {
     'backbones': {'engine', 'apis', 'analysis', 'checkpoints', 'runtime', 'export', 'cli'},
+    'wrapping': {'engine', 'apis', 'analysis', 'checkpoints', 'runtime', 'export', 'cli'},
     'runtime': {'engine', 'apis', 'analysis', 'checkpoints', 'export', 'cli'},
     'checkpoints': {'engine', 'apis', 'export', 'cli'},
     'engine': {'apis', 'cli'},

@@ -11,9 +11,9 @@ from mmengine.config import Config
 from mmengine.fileio import load
 
 from mmptq.apis import load_recipe
-from mmptq.apis.quantize import quantized_config
 from mmptq.backbones import support_table
 from mmptq.engine.data import load_config
+from mmptq.wrapping.configs import quantized_config
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path for folder in ('demo', 'mmdet', 'mmseg', 'timm') for path in (ROOT / 'configs' / folder).glob('*.py'))

@@ -1,94 +1,172 @@
-"""What a quantized model is and what it cost: rows a layer, sizes, the table at the end."""
+"""What a quantized model is and what it cost: the content of ``summary.json`` and of every quantized file.
+
+There is one definition, by which both is written and read. Reading is strict, because files come from
+strangers: every key is known, every value is of its type, and every text is one printable line.
+"""
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from rich.markup import escape
-from rich.table import Table
-from torch import nn
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
+from typing_extensions import Self
 
-from ..backbones.convert import layers_with_products
-from ..calibration import operations
-from ..layers import QuantOp
+from ..backbones.reasons import FloatReason
+from ..errors import printable
 
-MIB = 2**20
-HEADLINES = ('bbox_mAP', 'segm_mAP', 'mIoU', 'aAcc', 'top1')
-"""Metrics shown in the table, by the end of their name; all where there is none of these."""
+SCHEMA = 2
+"""The version of this content that is written. Files without a number are of version 1."""
 
 
-def layer_rows(model: nn.Module, skipped: Mapping[str, str], sqnr_db: Mapping[str, float | None]) -> list[dict[str, Any]]:
-    """One row for every linear layer, convolution and attention product of a model, quantized or not.
+def one_line(text: str) -> str:
+    """The text itself.
 
-    Args:
-        model: The model.
-        skipped: By layer or product: why it stays float.
-        sqnr_db: By quantized operation, see :class:`mmptq.calibration.BlockResult`.
+    Raises:
+        ValueError: If a terminal could not show it on a line or it is too long.
     """
-    rows = []
-    ops: dict[str, nn.Module] = dict(operations(model))
-    floats = {name: layer for name, layer in layers_with_products(model).items() if name not in ops}
-    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-    for name, module in sorted((ops | floats).items(), key=lambda item: order[item[0]]):
-        if isinstance(module, QuantOp):
-            quantizers = module.quantizers()
-            rows.append(dict(name=name, kind=module.kind, site='/'.join(s for s in module.sites.values() if s != 'weight'),
-                             bits={role: quantizer.bits for role, quantizer in quantizers.items()},
-                             effective_bits={role: round(quantizer.effective_bits, 3) for role, quantizer in quantizers.items()},
-                             quantizer={role: type(quantizer).__name__ for role, quantizer in quantizers.items()},
-                             uniform={role: quantizer.uniform for role, quantizer in quantizers.items()},
-                             sqnr_db=sqnr_db.get(name), reason=skipped.get(name)))
-        else:
-            rows.append(dict(name=name, kind=type(module).__name__, site=None, bits=None, effective_bits=None, quantizer=None, uniform=None,
-                             sqnr_db=None, reason=skipped[name]))
-    return rows
+    if len(text) > 500 or printable(text) != text:
+        raise ValueError('Text should be one printable line of at most 500 characters')
+    return text
 
 
-def model_size(model: nn.Module) -> dict[str, float]:
-    """Size of the weights, MiB: all in float32, and with quantized ones packed at their bits.
+def float_reason(value: Any) -> Any:
+    """The reason that a text stands for (:meth:`FloatReason.read`); anything else as it is."""
+    return FloatReason.read(value) if type(value) is str else value
 
-    A scale (float32) and a zero point (one byte) are counted for each channel.
+
+Line = Annotated[str, AfterValidator(one_line)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Reason = Annotated[
+    FloatReason,
+    BeforeValidator(float_reason),
+    PlainSerializer(lambda reason: reason.value, return_type=str),
+]
+
+
+class Part(BaseModel):
+    """A part of a summary: it cannot be changed, knows all its keys and takes no value of another type."""
+
+    model_config = ConfigDict(strict=True, extra='forbid', frozen=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data as files have it: what was not said, such as a layer's path, is left out."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class BitsSummary(Part):
+    """Bits of weights, activations and attention probabilities, 2 to 8."""
+
+    weight: int = Field(ge=2, le=8)
+    activation: int = Field(ge=2, le=8)
+    softmax: int = Field(ge=2, le=8)
+
+
+class CalibrationSummary(Part):
+    """On what the model was calibrated, and at what cost (seconds, MiB)."""
+
+    dataset: Line
+    split: Literal['train', 'test']
+    images: Count
+    seed: Count
+    shuffle: bool
+    leak: bool
+    seconds: Amount
+    peak_memory_mib: Amount
+
+
+class Result(Part):
+    """An evaluation: metrics by their own names, None for one that is not a number, and seconds."""
+
+    metrics: dict[Line, Number | None]
+    seconds: Amount
+    backend: Line | None = None
+
+
+class Sizes(Part):
+    """Sizes of the weights, MiB."""
+
+    float_mib: Amount
+    quantized_mib: Amount
+
+
+class LayerSummary(Part):
+    """A quantized operation, or a layer that stays float, with the reason.
+
+    Bits, quantizers and whether these are uniform are given for each operand by its role; ``path`` says
+    what computes the layer in integers.
     """
-    total = 4 * sum(parameter.numel() for parameter in model.parameters())
-    saved = 0.0
-    for module in model.modules():
-        if isinstance(module, QuantOp) and 'weight' in module.roles:
-            weight, quantizer = module.get_parameter('weight'), module.quantizer('weight')
-            channels = 1 if quantizer.axis is None else weight.shape[quantizer.axis]
-            saved += weight.numel() * (4 - quantizer.bits / 8) - 5 * channels
-    return dict(float_mib=round(total / MIB, 3), quantized_mib=round((total - saved) / MIB, 3))
+
+    name: Line
+    kind: Line
+    site: Line | None
+    bits: dict[Line, Count] | None
+    effective_bits: dict[Line, Amount] | None
+    quantizer: dict[Line, Line] | None
+    uniform: dict[Line, bool] | None
+    sqnr_db: Number | None
+    reason: Reason | None
+    path: Line | None = None
 
 
-def result_table(summaries: Sequence[Mapping[str, Any]], title: str = 'measured') -> Table:
-    """Float and quantized results side by side; the float row is the first summary's."""
-    first = summaries[0]
-    calibration = first['calibration']
-    table = Table(title=escape(
-        f'{title}: scope {first["scope"]}, calibrated on {calibration["images"]} images of {calibration["dataset"]} '
-        f'{calibration["split"]}' + (' (leak)' if calibration['leak'] else '')))
-    metrics = _headlines(first['quantized'] or first['float'])
-    for column in ('recipe', 'W/A/softmax', 'backend', *metrics, 'size MiB', 'eval s', 'calib s'):
-        table.add_column(escape(column), justify='left' if column in ('recipe', 'backend') else 'right', no_wrap=True)
-    if first['float']:
-        table.add_row('float', '32 bit', '', *_values(first['float'], metrics), f'{first["size"]["float_mib"]:.2f}',
-                      f'{first["float"]["seconds"]:.1f}', '')
-    for summary in summaries:
-        bits = summary['bits']
-        quantized = summary['quantized']
-        table.add_row(summary['recipe']['name'], f'{bits["weight"]}/{bits["activation"]}/{bits["softmax"]}',
-                      quantized['backend'] if quantized else '-', *(_values(quantized, metrics) if quantized else ['-'] * len(metrics)),
-                      f'{summary["size"]["quantized_mib"]:.2f}', f'{quantized["seconds"]:.1f}' if quantized else '-',
-                      f'{summary["calibration"]["seconds"]:.1f}')
-    return table
+class About(Part):
+    """A quantized model as its files describe it, which are written before it is evaluated."""
+
+    schema_number: int = Field(default=1, ge=1, le=SCHEMA, alias='schema')
+    version: Line
+    method: Line
+    recipe: dict[Line, Any]
+    bits: BitsSummary
+    scope: Literal['backbone', 'model']
+    calibration: CalibrationSummary
+    float_result: Result | None = Field(alias='float')
+    size: Sizes
+    layers: list[LayerSummary]
+
+    @classmethod
+    def read(cls, content: Any) -> Self:
+        """A description as this version has it, from plain data of this version or an earlier one.
+
+        Raises:
+            ValidationError: If a key is missing, unknown or of another type.
+        """
+        found = cls.model_validate(content)
+        return found.model_copy(update=dict(schema_number=SCHEMA))
+
+    def idle_layers(self) -> list[str]:
+        """The layers that received nothing in the calibration."""
+        return [layer.name for layer in self.layers if layer.reason is FloatReason.IDLE]
 
 
-def _headlines(result: Mapping[str, Any] | None) -> list[str]:
-    if not result:
-        return []
-    names = list(result['metrics'])
-    return [name for name in names if name.endswith(HEADLINES)] or names
+class Summary(About):
+    """A quantized model and its evaluation, None before that: the content of ``summary.json``."""
+
+    quantized: Result | None
+
+    @classmethod
+    def of(cls, about: About) -> Summary:
+        """The summary of a model that is not evaluated yet, from what its file says of it."""
+        return cls.read({**about.to_dict(), 'quantized': None})
+
+    def about(self) -> dict[str, Any]:
+        """What a file says of the model: everything but the result of its evaluation."""
+        content = self.to_dict()
+        del content['quantized']
+        return content
 
 
-def _values(result: Mapping[str, Any], metrics: list[str]) -> list[str]:
-    values = [result['metrics'][name] for name in metrics]
-    return ['-' if value is None else f'{value:.4g}' for value in values]
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong, and how many more there are."""
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    place = '.'.join(str(part) for part in faults[0]['loc'])
+    more = f' (and {len(faults) - 1} more)' if len(faults) > 1 else ''
+    return f'{place}: {faults[0]["msg"]}{more}'

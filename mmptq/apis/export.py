@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from mmengine.config import Config
 
 from ..checkpoints.about import how_made
-from ..checkpoints.packed import float_model, read_checkpoint
+from ..checkpoints.packed import read_checkpoint
 from ..engine.data import load_config
 from ..errors import QuantizationError
+from ..wrapping.configs import float_model
 from .packed import build_quantized
 
 if TYPE_CHECKING:

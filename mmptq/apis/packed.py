@@ -9,14 +9,15 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from ..analysis.summary import About
 from ..checkpoints.about import dataset_meta, how_made
-from ..checkpoints.packed import SUFFIX, float_model, read_packed, write_packed
+from ..checkpoints.packed import SUFFIX, read_packed, write_packed
 from ..checkpoints.reading import load_file
 from ..checkpoints.trusted import guarded, trusted_model
 from ..engine.data import load_config
-from ..engine.hook import load_verified
+from ..engine.loading import load_verified
 from ..errors import QuantizationError
-from .quantize import quantized_config
+from ..wrapping.configs import float_model, quantized_config
 
 
 def pack(config: str | Config, checkpoint: str, out: str | None = None, cfg_options: Mapping[str, Any] | None = None) -> Path:
@@ -41,7 +42,7 @@ def pack(config: str | Config, checkpoint: str, out: str | None = None, cfg_opti
         raise QuantizationError(f'{checkpoint} is not quantized: there is nothing to pack (mmptq quantize --pack does both)')
     cfg = load_config(config, cfg_options)
     model = build_quantized(float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint)
-    write_packed(model, cfg, made, dataset_meta(loaded), path)
+    write_packed(model, cfg, made.to_dict(), dataset_meta(loaded), path)
     return path
 
 
@@ -76,7 +77,7 @@ def load_packed(path: str | Path, config: str | Config | None = None) -> nn.Modu
     return built
 
 
-def _build_from_file(loaded: Mapping[str, Any], made: Mapping[str, Any], source: str) -> nn.Module:
+def _build_from_file(loaded: Mapping[str, Any], made: About, source: str) -> nn.Module:
     packed, state = loaded['packed'], loaded['state_dict']
     try:
         model = trusted_model(packed['model'], packed['default_scope'])
@@ -89,13 +90,13 @@ def _build_from_file(loaded: Mapping[str, Any], made: Mapping[str, Any], source:
 def build_quantized(
     model: dict[str, Any],
     default_scope: str,
-    made: Mapping[str, Any],
+    made: About,
     loaded: Mapping[str, Any],
     source: str,
 ) -> nn.Module:
     """The quantizable model of a float model's config, with a checkpoint, in evaluation mode."""
     init_default_scope(default_scope)
-    cfg = quantized_config(Config(dict(model=model)), made['recipe'], made['scope'])
+    cfg = quantized_config(Config(dict(model=model)), made.recipe, made.scope)
     try:
         built: nn.Module = MODELS.build(cfg.model)
     except QuantizationError as error:

@@ -1,16 +1,14 @@
 """The whole road: config and checkpoint in; calibrated, evaluated and saved model out."""
+
 from __future__ import annotations
 
-import itertools
 import os
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, ConfigDict
-from mmengine.hooks import Hook
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
@@ -20,199 +18,144 @@ from ..checkpoints.packed import read_checkpoint
 from ..checkpoints.reading import is_calibrated, safe_loading
 from ..engine.calibration import inner_model
 from ..engine.data import calibration_dataset, load_config
-from ..engine.hook import PTQHook, load_verified, test_result
+from ..engine.evaluation import evaluate_float, new_runner
+from ..engine.hook import PTQHook
+from ..engine.lock import locked
+from ..engine.options import Options, options_of_call
+from ..engine.ptq import PTQ
 from ..errors import QuantizationError
+from ..wrapping.configs import config_of_tests, float_config, quantized_config
 from .testing import draw_predictions, dump_predictions, test_time_augmentation
 
-SCOPES = ('backbone', 'model')
-PAPER_IMAGES = 2
-"""Calibration images of UQ-ViT's official detection code."""
-_RUNS = itertools.count()
 
-
-def quantize(config: str | Config, checkpoint: str, recipe: str | Mapping[str, Any] | None = None, *, scope: str | None = None,
-             work_dir: str | None = None, cfg_options: Mapping[str, Any] | None = None, launcher: str = 'none',
-             calib_images: int = 32, calib_cfg: str | None = None, calib_on_test: bool = False, as_in_paper: bool = False, seed: int = 0,
-             float_eval: bool = True, evaluate: bool = True, resume: bool = False, pack: bool = False, backend: str = 'simulated',
-             out: str | None = None, show: bool = False, show_dir: str | None = None, wait_time: float = 2,
-             tta: bool = False, keep_float: Sequence[str] = (), layer_bits: Mapping[str, Sequence[int]] | None = None) -> dict[str, Any]:
+def quantize(
+    config: str | Config,
+    checkpoint: str | Path,
+    recipe: str | Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Quantizes a detector or segmentor after training, and says what that costs.
 
     Args:
         config: A config of mmdet or mmsegmentation, as a file name, ``package::name`` or object.
-        checkpoint: Its checkpoint, float, or one that this function wrote, packed or not (then nothing is calibrated).
-        recipe: ``METHOD_wXaY``, a config file that defines ``recipe``, or the recipe itself; by default that of a quantized checkpoint,
-            else ``adalog_w4a4``.
-        scope: ``backbone``, or ``model`` for neck and heads too; by default that of a quantized checkpoint, else ``backbone``.
-        work_dir: Where ``quantized.pth``, ``quantized.py`` and ``summary.json`` go; by default
-            ``work_dirs/CONFIG_RECIPE``.
-        cfg_options: Changes of the config, as in OpenMMLab's tools.
-        launcher: ``none``, ``pytorch``, ``slurm`` or ``mpi``. Each process calibrates on the same images.
-        calib_images: Calibration images, drawn from the train set.
-        calib_cfg: A config whose train_dataloader is used instead.
-        calib_on_test: Calibrate on evaluation images. A leak.
-        as_in_paper: With a UQ-ViT recipe: as its official detection code, on the first two evaluation images (a leak), inputs of
-            convolutions at 8 bits, no NormQuant before fc2. (The published results are of scope ``model``.)
-        seed: Of the draw of images and tokens.
-        float_eval: Evaluate the float model first, unless the checkpoint is packed and has none.
-        evaluate: Evaluate at all.
-        resume: Go on after the last block that an interrupted run in the same work_dir calibrated.
-        pack: Write ``quantized.safetensors`` too, with packed weights.
-        backend: How the quantized model is evaluated: ``simulated``, or ``integer``.
-        out: Where predictions of the quantized model go: a pickle file, for mmsegmentation a directory.
-        show: Show predictions.
-        show_dir: Where painted predictions go.
-        wait_time: Interval of ``show``, s.
-        tta: Evaluate with test-time augmentation.
-        keep_float: Patterns (:class:`mmptq.backbones.by_layer.LayerEntry`) of layers and attention products that stay float.
-        layer_bits: By such a pattern: bits of weights, activations and, if they differ from these, attention probabilities.
+        checkpoint: Its checkpoint, float, or one that this function wrote, packed or not (then nothing
+            is calibrated).
+        recipe: ``METHOD_wXaY``, a config file that defines ``recipe``, or the recipe itself; by default
+            that of a quantized checkpoint, else ``adalog_w4a4``.
+        options: The other fields of :class:`mmptq.engine.options.Options`, which says what each does;
+            docs/schema/options.json lists them.
 
     Returns:
-        What ``summary.json`` holds.
+        What ``summary.json`` holds (docs/schema/summary.json).
 
     Raises:
         QuantizationError: If something does not fit; before long work where it can be known.
     """
-    checkpoint = str(checkpoint)
+    return run(config, str(checkpoint), options_of_call({**options, 'recipe': recipe}))
+
+
+def run(config: str | Config, checkpoint: str, options: Options) -> dict[str, Any]:
+    """Does what :func:`quantize` says, with options that were checked."""
     loaded = read_checkpoint(checkpoint)
-    made = how_made(loaded, checkpoint) or {}
-    recipe_cfg = load_recipe(recipe or made.get('recipe') or 'adalog_w4a4')
-    scope = made.get('scope', 'backbone') if scope is None else scope
-    if as_in_paper:
-        if calib_cfg is not None:
-            raise QuantizationError('the paper protocol calibrates on evaluation images: --calib-cfg has no place in it')
-        recipe_cfg, calib_images, calib_on_test = paper_protocol(recipe_cfg), PAPER_IMAGES, True
-    recipe_cfg = mixed_recipe(recipe_cfg, keep_float, layer_bits)
-    if scope not in SCOPES:
-        raise QuantizationError(f'unknown scope {scope!r}: it is one of {", ".join(SCOPES)}')
-    if backend != 'simulated' and not evaluate:
-        raise QuantizationError(f'the backend {backend} is how the model is evaluated, and it is not to be; leave out one of the two')
-    if not 0 <= seed < 2**63:
-        raise QuantizationError(f'seed {seed}: it is a number from 0 to 2^63 - 1')
-    cfg = load_config(config, cfg_options)
-    cfg.launcher = launcher
-    clean_config(cfg)
-    stem = Path(cfg.filename).stem if cfg.filename else 'model'
-    cfg.work_dir = str(work_dir or '') or cfg.get('work_dir') or os.path.join('work_dirs', f'{stem}_{recipe_cfg["name"]}')
-    check_writable(Path(cfg.work_dir))
-    cfg.load_from = checkpoint
-    cfg.resume = False
+    made = how_made(loaded, checkpoint)
+    asked = options.asked_recipe() or (made.recipe if made else 'adalog_w4a4')
+    recipe = load_recipe(asked)
+    if options.as_in_paper:
+        recipe = paper_protocol(recipe)
+    recipe = mixed_recipe(recipe, options.keep_float, options.layer_bits)
+    scope = options.scope or (made.scope if made else 'backbone')
+
+    cfg = run_config(load_config(config, options.cfg_options), options, recipe['name'])
+    work_dir = Path(cfg.work_dir)
+    check_writable(work_dir)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    cfg.custom_hooks = [*cfg.custom_hooks, dict(
-        type='mmptq.PTQHook', images=calib_images, seed=seed, on_test=calib_on_test, shuffle=not as_in_paper, resume=resume, pack=pack,
-        backend=backend, dataset=calibration_dataset(cfg, calib_cfg, calib_on_test))]
-    with safe_loading():
-        quantized = quantized_config(cfg, recipe_cfg, scope)
-        runner = build_runner(quantized, out, show, show_dir, wait_time, tta)
-        hook = next(hook for hook in runner.hooks if isinstance(hook, PTQHook))
-        hook.config = quantized
-        load_verified(inner_model(runner.model), loaded, checkpoint)
-        if not is_calibrated(inner_model(runner.model)):
-            hook.prepare(runner)
-        if float_eval and evaluate and 'packed' not in loaded:
-            hook.float_result = evaluate_float(cfg, tta)
-        if evaluate:
+    dataset = calibration_dataset(cfg, options.calib_config, options.on_test)
+    options = options.model_copy(update=dict(dataset=dataset))
+
+    with safe_loading(), locked(work_dir, options.launcher):
+        quantizable = quantized_config(cfg, recipe, scope)
+        runner = build_runner(quantizable, options)
+        described = with_hook(quantizable, options)
+        work = PTQ(options, described, work_dir, runner.logger, checkpoint)
+        runner.register_hook(PTQHook(work))
+        model = inner_model(runner.model)
+
+        def test_set() -> Any:
+            return runner.test_loop.dataloader.dataset
+
+        # The hooks of the Runner get the checkpoint as if the Runner had read it; ours loads it.
+        runner.call_hook('after_load_checkpoint', checkpoint=loaded)
+        if not is_calibrated(model):
+            work.prepare(model, test_set)
+        if options.float_eval and options.evaluate and 'packed' not in loaded:
+            work.float_result = evaluate_float(float_run_config(cfg, options), loaded)
+        if options.evaluate:
             runner.test()
         else:
-            runner.load_or_resume()
-            hook.before_test(runner)
-            hook.forget_progress(runner)
-    return hook.summary
+            work.run(model, test_set)
+            work.forget_progress()
+    assert work.summary is not None  # the model was tested, or the work was run
+    return work.summary.to_dict()
 
 
-def clean_config(cfg: Config) -> None:
-    """Makes a config fit for a test: one evaluation, no PTQHook of its own, no weights but those of the checkpoint.
+def run_config(cfg: Config, options: Options, recipe: str) -> Config:
+    """The config of the float model in this run, which has a work_dir and loads nothing by itself.
 
-    Raises:
-        QuantizationError: If it averages weights in a hook.
+    Args:
+        cfg: The user's config.
+        options: The options of the run.
+        recipe: The recipe's name, part of the default work_dir.
     """
-    if not cfg.get('test_dataloader'):
-        for kind in ('dataloader', 'evaluator'):
-            cfg[f'test_{kind}'] = deepcopy(cfg.get(f'val_{kind}'))
-        cfg.test_cfg = dict(type='TestLoop') if cfg.test_dataloader else None
-    hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != 'mmptq.PTQHook']
-    if any(str(hook['type']).endswith('EMAHook') for hook in hooks):
-        raise QuantizationError('the config has an EMAHook, which would exchange the weights after their calibration; remove it from '
-                                'custom_hooks, and give a checkpoint whose state_dict holds the averaged weights')
-    cfg.custom_hooks = hooks
-    backbone = (cfg.get('model') or {}).get('backbone') or {}
-    if isinstance(backbone, ConfigDict) and 'pretrained' in backbone:
-        backbone['pretrained'] = None
-
-
-def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Config:
-    """A copy of a config whose backbone, or whole model, is quantizable.
-
-    Raises:
-        QuantizationError: If its model has no backbone.
-    """
-    cfg = deepcopy(cfg)
-    model: Any = cfg.get('model')
-    backbone = model.get('backbone') if isinstance(model, ConfigDict) else None
-    if any(isinstance(part, ConfigDict) and str(part.get('type')).startswith('mmptq.Quant') for part in (model, backbone)):
-        raise QuantizationError('the config is quantized already; give the original one, or use the test tool of mmdet or mmsegmentation')
-    if not isinstance(backbone, ConfigDict):
-        raise QuantizationError('the config defines no model with a backbone')
-    model.pop('pretrained', None)  # the checkpoint has all weights, and a wrapped backbone takes no such argument
-    if scope == 'model':
-        if cfg.get('data_preprocessor'):  # a Runner would give it to QuantModel
-            model.setdefault('data_preprocessor', cfg.pop('data_preprocessor'))
-        cfg.model = ConfigDict(type='mmptq.QuantModel', model=model, recipe=recipe)
-    else:
-        model.backbone = ConfigDict(type='mmptq.QuantBackbone', backbone=backbone, recipe=recipe)
+    cfg = config_of_tests(cfg)
+    cfg.launcher = options.launcher
+    stem = Path(cfg.filename).stem if cfg.filename else 'model'
+    default = cfg.get('work_dir') or os.path.join('work_dirs', f'{stem}_{recipe}')
+    cfg.work_dir = str(options.work_dir or default)
+    cfg.load_from = None
+    cfg.resume = False
     return cfg
 
 
-def build_runner(cfg: Config, out: str | None, show: bool, show_dir: str | None, wait_time: float, tta: bool) -> Runner:
-    """The Runner that calibrates and evaluates the quantized model of a config.
+def with_hook(cfg: Config, options: Options) -> Config:
+    """A config that says by its PTQHook how its model is calibrated."""
+    cfg = deepcopy(cfg)
+    cfg.custom_hooks = [
+        *cfg.custom_hooks,
+        dict(type='mmptq.PTQHook', **options.of_hook()),
+    ]
+    return cfg
+
+
+def float_run_config(cfg: Config, options: Options) -> Config:
+    """The config of the float model's evaluation."""
+    cfg = float_config(cfg)
+    if options.tta:
+        test_time_augmentation(cfg)
+    return cfg
+
+
+def build_runner(cfg: Config, options: Options) -> Runner:
+    """The Runner that calibrates and evaluates the quantizable model of a config.
 
     Raises:
         QuantizationError: If the config cannot be built.
     """
     cfg = deepcopy(cfg)
-    if show or show_dir:
-        draw_predictions(cfg, show, show_dir, wait_time)
-    if out:
-        dump_predictions(cfg, out)
-    if tta:
+    if options.show or options.show_dir:
+        folder = str(options.show_dir) if options.show_dir else None
+        draw_predictions(cfg, options.show, folder, options.wait_time)
+    if options.out:
+        dump_predictions(cfg, str(options.out))
+    if options.tta:
         test_time_augmentation(cfg)
     try:
         return new_runner(cfg)
     except QuantizationError:
         raise
     except Exception as error:  # what a config names may raise anything
-        raise QuantizationError(f'the config cannot be built: {type(error).__name__}: {error}') from error
-
-
-def new_runner(cfg: Config) -> Runner:
-    """A Runner with a logger of its own: mmengine finds loggers by config name and second, so a second Runner of the same config
-    within that second would write to the first one's log file and to a standard output that may be closed by now."""
-    cfg.experiment_name = f'{cfg.get("experiment_name") or Path(cfg.filename or "model").stem}_{next(_RUNS)}'
-    return Runner.from_cfg(cfg)
-
-
-class _Evaluation(Hook):
-    """Times an evaluation, with the data pipeline and without the start."""
-
-    def before_test_epoch(self, runner: Runner) -> None:
-        self.started = time.perf_counter()
-
-    def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        self.result = test_result(metrics, time.perf_counter() - self.started)
-
-
-def evaluate_float(cfg: Config, tta: bool = False) -> dict[str, Any]:
-    """Metrics and seconds of the float model of a config, unwrapped, with the checkpoint of ``load_from``."""
-    cfg = deepcopy(cfg)
-    cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != 'mmptq.PTQHook']
-    cfg.work_dir = os.path.join(cfg.work_dir, 'float')
-    if tta:
-        test_time_augmentation(cfg)
-    runner = new_runner(cfg)
-    evaluation = _Evaluation()
-    runner.register_hook(evaluation)
-    runner.test()
-    return evaluation.result
+        raise QuantizationError(
+            f'the config cannot be built: {type(error).__name__}: {error}'
+        ) from error
 
 
 def check_writable(work_dir: Path) -> None:
@@ -223,4 +166,7 @@ def check_writable(work_dir: Path) -> None:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise QuantizationError(f'work_dir {work_dir} cannot be written to: {error.strerror}; name another one with --work-dir') from None
+        raise QuantizationError(
+            f'work_dir {work_dir} cannot be written to: {error.strerror}; name another one with '
+            '--work-dir'
+        ) from None

@@ -14,6 +14,7 @@ from ..quantizers import calibrated_parts
 from ..registry import MODELS
 from .convert import ConversionReport, check_fit, convert, convert_backbone, convert_layers, layers_with_products, leave_float
 from .presets import load_recipe
+from .reasons import FloatReason
 from .recipe import Recipe
 from .spec import Site, find_spec
 
@@ -162,7 +163,7 @@ def QuantModel(model: dict[str, Any], recipe: str | dict[str, Any], idle: Sequen
     sites: dict[str, Site | None] = {name: 'linear' if isinstance(layer, nn.Linear) else 'conv' for name, layer in outside.items()
                                      if not name.startswith(TRAINING_ONLY)}
     skipped = {f'backbone.{name}': reason for name, reason in backbone.items()} | convert_layers(built, sites, checked)
-    skipped |= {name: 'runs in training only' for name in outside if name not in sites}
+    skipped |= {name: FloatReason.TRAINING_ONLY for name in outside if name not in sites}
     check_fit(built, checked)
     built.quantization = ConversionReport(checked, 'model', skipped)
     leave_float(built, built.quantization, idle)

@@ -10,19 +10,13 @@ from ..errors import QuantizationError
 from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp, SelfAttention, extend_attention
 from ..quantizers import Float, calibrated_parts
 from .by_layer import PREFIX, require_matches
+from .reasons import FloatReason
 from .recipe import Recipe
 from .spec import BackboneSpec, Site, matches
 
 # Subclasses of nn.Linear and nn.Conv2d that compute just what these do.
 _PLAIN = {'torch.nn.modules.linear.Linear', 'torch.nn.modules.linear.NonDynamicallyQuantizableLinear', 'torch.nn.modules.conv.Conv2d',
           'mmcv.cnn.bricks.wrappers.Linear', 'mmcv.cnn.bricks.wrappers.Conv2d'}
-
-
-IDLE = 'received nothing in calibration'
-"""Why a layer is float that could have been quantized."""
-
-KEPT = 'kept float by the recipe'
-"""Why a layer or product is float that a recipe's ``layers`` name."""
 
 
 @dataclass
@@ -37,7 +31,7 @@ class ConversionReport:
 
     recipe: Recipe
     scope: str
-    skipped: dict[str, str]
+    skipped: dict[str, FloatReason]
 
 
 def layers_with_products(module: nn.Module) -> dict[str, nn.Module]:
@@ -72,7 +66,7 @@ def check_fit(module: nn.Module, recipe: Recipe, prefix: str = '') -> None:
         raise QuantizationError(f'recipe {recipe.name} leaves all layers of {type(module).__name__} float: there is nothing to quantize')
 
 
-def convert_backbone(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> dict[str, str]:
+def convert_backbone(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> dict[str, FloatReason]:
     """:func:`convert`, without looking for entries of ``layers`` that match nothing.
 
     Returns:
@@ -82,7 +76,7 @@ def convert_backbone(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) ->
     attentions = [name for name, _ in backbone.named_modules() if matches(name, spec.attentions)]
     if not attentions:
         raise QuantizationError(f'{type(backbone).__name__} has no attention named like {", ".join(spec.attentions)}')
-    skipped: dict[str, str] = {}
+    skipped: dict[str, FloatReason] = {}
     for name in attentions:
         attention = backbone.get_submodule(name)
         if isinstance(attention, nn.MultiheadAttention):
@@ -99,13 +93,13 @@ def convert_backbone(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) ->
             layer = recipe.for_layer(PREFIX + own)
             if layer is None:
                 product.set_quantizers(sites, {role: Float() for role in sites}, heads)
-                skipped[own] = KEPT
+                skipped[own] = FloatReason.KEPT
             else:
                 layer.equip(product, sites, heads)
     return skipped | convert_layers(backbone, {name: spec.site(name) for name in layers_with_products(backbone)}, recipe, PREFIX)
 
 
-def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Recipe, prefix: str = '') -> dict[str, str]:
+def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Recipe, prefix: str = '') -> dict[str, FloatReason]:
     """Replaces Linear and Conv2d layers by quantized ones. For a layer under several names its first one counts.
 
     Args:
@@ -117,20 +111,20 @@ def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Rec
     Returns:
         The layers that stay float, with the reason.
     """
-    skipped = {}
+    skipped: dict[str, FloatReason] = {}
     for name, site in sites.items():
         layer = module.get_submodule(name)
         cls = f'{type(layer).__module__}.{type(layer).__name__}'
         op: QuantOp
         if site is None:
-            skipped[name] = 'its BackboneSpec names no site for it'
+            skipped[name] = FloatReason.NO_SITE
             continue
         if cls not in _PLAIN:
-            skipped[name] = f'{type(layer).__name__} has no quantized form'
+            skipped[name] = FloatReason.NO_QUANTIZED_FORM
             continue
         own = recipe.for_layer(prefix + name)
         if own is None:
-            skipped[name] = KEPT
+            skipped[name] = FloatReason.KEPT
             continue
         if isinstance(layer, nn.Linear):
             op = QuantLinear.from_float(layer)
@@ -159,7 +153,7 @@ def leave_float(model: nn.Module, report: ConversionReport, names: Iterable[str]
         if not isinstance(op, QuantLinear | QuantConv2d):
             raise QuantizationError(f'{name} is to stay float, but is no layer of the model that could be quantized')
         replace_modules(model, {op: op.to_float()})
-        report.skipped[name] = IDLE
+        report.skipped[name] = FloatReason.IDLE
         report.recipe = report.recipe.leaving_float([name])
 
 

@@ -3,102 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from ..analysis.summary import About, first_fault
 from ..backbones import Recipe
-from ..backbones.convert import IDLE
-from ..errors import QuantizationError, printable
+from ..errors import QuantizationError
 from .plain import plain, plain_parts
 
 
-def _line(text: str) -> str:
-    if len(text) > 500 or printable(text) != text:
-        raise ValueError('Text should be one printable line of at most 500 characters')
-    return text
-
-
-Line = Annotated[str, AfterValidator(_line)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class _Strict(BaseModel):
-    """Every key is known, and every value of its type."""
-
-    model_config = ConfigDict(strict=True, extra='forbid', frozen=True)
-
-
-class BitsAbout(_Strict):
-    """Bits of weights, activations and attention probabilities, 2 to 8."""
-
-    weight: int = Field(ge=2, le=8)
-    activation: int = Field(ge=2, le=8)
-    softmax: int = Field(ge=2, le=8)
-
-
-class CalibrationAbout(_Strict):
-    """On what it was calibrated, and at what cost (seconds, MiB)."""
-
-    dataset: Line
-    split: Literal['train', 'test']
-    images: Count
-    seed: Count
-    shuffle: bool
-    leak: bool
-    seconds: Amount
-    peak_memory_mib: Amount
-
-
-class ResultAbout(_Strict):
-    """Metrics by their own names, None for one that is not a number, and seconds."""
-
-    metrics: dict[Line, Number | None]
-    seconds: Amount
-    backend: Line | None = None
-
-
-class SizeAbout(_Strict):
-    """Sizes of the weights, MiB."""
-
-    float_mib: Amount
-    quantized_mib: Amount
-
-
-class LayerAbout(_Strict):
-    """A row of the report: a quantized operation, or a layer that stays float, with the reason."""
-
-    name: Line
-    kind: Line
-    site: Line | None
-    bits: dict[Line, Count] | None
-    effective_bits: dict[Line, Amount] | None
-    quantizer: dict[Line, Line] | None
-    uniform: dict[Line, bool] | None
-    sqnr_db: Number | None
-    reason: Line | None
-    path: Line | None = None
-
-
-class About(_Strict):
-    """What ``quantized.pth`` and ``quantized.safetensors`` say of themselves: ``summary.json`` before the
-    quantized evaluation."""
-
-    version: Line
-    method: Line
-    recipe: dict[Line, Any]
-    bits: BitsAbout
-    scope: Literal['backbone', 'model']
-    calibration: CalibrationAbout
-    result: ResultAbout | None = Field(alias='float')
-    size: SizeAbout
-    layers: list[LayerAbout]
-
-
-def checked_about(about: Any, source: str) -> dict[str, Any]:
-    """A plain copy of what a file says of itself.
+def checked_about(about: Any, source: str) -> About:
+    """What a file says of itself.
 
     Raises:
         QuantizationError: If a key is missing, unknown or of another type; if its recipe is none; or if
@@ -106,7 +22,7 @@ def checked_about(about: Any, source: str) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = plain(about, 'what it says of itself')
-        found = About.model_validate(content)
+        found = About.read(content)
         recipe = whole_recipe(found)
     except ValidationError as error:
         raise QuantizationError(
@@ -115,24 +31,25 @@ def checked_about(about: Any, source: str) -> dict[str, Any]:
         ) from None
     except QuantizationError as error:
         raise QuantizationError(f'{source}: {error}') from None
-    bits = found.bits.model_dump()
+    bits = found.bits.to_dict()
     if bits != recipe.to_dict()['bits'] or found.method != recipe.method_name:
         raise QuantizationError(
             f'{source} contradicts itself: it says {found.method}, bits {bits}, and its recipe says '
             f'{recipe.method_name}, bits {recipe.to_dict()["bits"]}'
         )
-    return {**content, 'recipe': recipe.to_dict()}
+    return found.model_copy(update=dict(recipe=recipe.to_dict()))
 
 
 def whole_recipe(about: About) -> Recipe:
-    """The recipe of a file, with the layers that calibration left float: version 0.1.0 did not write
-    these into its recipe, but only as rows with their reason."""
+    """The recipe of a file, with the layers that calibration left float.
+
+    Version 0.1.0 did not write these into its recipe, but only as rows with their reason.
+    """
     recipe = Recipe.from_dict(about.recipe)
-    idle = [row.name for row in about.layers if row.reason == IDLE]
-    return recipe if recipe.layers else recipe.leaving_float(idle)
+    return recipe if recipe.layers else recipe.leaving_float(about.idle_layers())
 
 
-def how_made(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any] | None:
+def how_made(checkpoint: Mapping[str, Any], source: str) -> About | None:
     """What a quantized checkpoint says of itself; None of a float one.
 
     Raises:
@@ -153,12 +70,6 @@ def how_made(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any] | Non
 def dataset_meta(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its data set, classes above all; without what is not plain data."""
     meta = checkpoint.get('meta')
-    return plain_parts(meta.get('dataset_meta') if type(meta) is dict else None, 'dataset_meta')
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first thing that is wrong, and how many more there are."""
-    faults = error.errors(include_url=False, include_context=False, include_input=False)
-    place = '.'.join(str(part) for part in faults[0]['loc'])
-    more = f' (and {len(faults) - 1} more)' if len(faults) > 1 else ''
-    return f'{place}: {faults[0]["msg"]}{more}'
+    return plain_parts(
+        meta.get('dataset_meta') if type(meta) is dict else None, 'dataset_meta'
+    )

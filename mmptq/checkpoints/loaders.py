@@ -33,8 +33,9 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     state = OrderedDict(checkpoint['state_dict'])
     # Versions reach the module that loads a state dict: there recipe and scope are compared.
     versions = dict(getattr(checkpoint['state_dict'], '_metadata', {}))
-    for root in ('', 'backbone') if made else ():
-        versions[root] = {**versions.get(root, {}), 'mmptq': made}
+    if made:
+        for root in ('', 'backbone'):
+            versions[root] = {**versions.get(root, {}), 'mmptq': made.to_dict()}
     state._metadata = OrderedDict(versions)  # type: ignore[attr-defined]
     others = {key: value for key, value in checkpoint.items() if key not in ('state_dict', 'meta')}
     return {

@@ -3,17 +3,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from torch import nn
 
 from ..backbones import Recipe
 from ..errors import QuantizationError
+from ..wrapping.configs import float_model
 from .about import checked_about
 from .packing import pack_state, unpack_state
 from .plain import plain
@@ -73,7 +73,7 @@ def read_packed(path: str | Path) -> dict[str, Any]:
         state = unpack_state(tensors, content['weights'], content['adalog'])
     except QuantizationError as error:
         raise QuantizationError(f'{path}: {error}') from None
-    content['mmptq'] = checked_about(content['mmptq'], str(path))
+    content['mmptq'] = checked_about(content['mmptq'], str(path)).to_dict()
     meta = {'mmptq': content['mmptq'], **({'dataset_meta': content['dataset_meta']} if content['dataset_meta'] else {})}
     return {'meta': meta, 'state_dict': state, 'packed': {key: content[key] for key in ('model', 'default_scope')}}
 
@@ -114,28 +114,6 @@ def _is_shape(value: Any) -> bool:
 def read_checkpoint(path: str) -> dict[str, Any]:
     """A checkpoint file's content, packed or not (:func:`load_file`)."""
     return read_packed(path) if path.endswith(SUFFIX) else load_file(path)
-
-
-def float_model(cfg: Config) -> dict[str, Any]:
-    """The config of the float model, of a config that is quantizable or not.
-
-    Raises:
-        QuantizationError: If there is none.
-    """
-    model: Any = deepcopy(cfg.get('model'))
-    while isinstance(model, ConfigDict) and 'backbone' not in model and 'module' in model:  # test-time augmentation
-        model = model.module
-    if isinstance(model, ConfigDict) and model.get('type') == 'mmptq.QuantModel':
-        model = model.model
-    if not isinstance(model, ConfigDict) or not isinstance(model.get('backbone'), ConfigDict):
-        raise QuantizationError('the config defines no model with a backbone')
-    if model.backbone.get('type') == 'mmptq.QuantBackbone':
-        model.backbone = model.backbone.backbone
-    if 'pretrained' in model.backbone:
-        model.backbone.pretrained = None  # a quantized checkpoint has all weights
-    if cfg.get('data_preprocessor'):
-        model.setdefault('data_preprocessor', deepcopy(cfg.data_preprocessor))  # as a Runner does
-    return model.to_dict()  # type: ignore[no-any-return]
 
 
 def packed_model(cfg: Config) -> dict[str, Any]:

@@ -286,9 +286,8 @@ def load_checked(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
         QuantizationError: If weights are missing or have other shapes; if parameters of some
             quantizers, but not of all, are there; or if some have no quantizer.
     """
-    state = {re.sub(r'^module\.', '', key): value for key, value in state_dict.items()}
     try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing, unexpected = model.load_state_dict(without_prefix(state_dict), strict=False)
     except QuantizationError as error:
         raise QuantizationError(f'{source}: {error}') from None
     except RuntimeError as error:
@@ -313,6 +312,17 @@ def load_checked(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     if absent and any(module.params is not None for module in quantizers.values()):
         raise QuantizationError(f'{source} lacks parameters of quantizers: {some(absent)}')
     return list(unexpected)
+
+
+def without_prefix(state_dict: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """Weights without the prefix ``module.`` that a distributed model's have; versions of modules are kept."""
+    state = OrderedDict(
+        (re.sub(r'^module\.', '', key), value) for key, value in state_dict.items()
+    )
+    versions = getattr(state_dict, '_metadata', None)
+    if versions is not None:
+        state._metadata = versions  # type: ignore[attr-defined]  # torch has it there
+    return state
 
 
 def is_calibrated(model: nn.Module) -> bool:

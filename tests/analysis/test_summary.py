@@ -1,46 +1,123 @@
-"""Sizes and the table, by hand."""
-import io
+"""One definition of what a summary holds: written as it is read, and files of earlier versions still read."""
 
-from rich.console import Console
-from torch import nn
+import json
 
-from mmptq.analysis.summary import model_size, result_table
-from mmptq.engine.hook import test_result as result_of
-from mmptq.layers import QuantLinear
-from mmptq.quantizers import UniformQuantizer
+import pytest
+from pydantic import ValidationError
 
+from mmptq import QuantizationError
+from mmptq.analysis.summary import About, LayerSummary, Result, Summary
+from mmptq.apis import load_recipe
+from mmptq.backbones.reasons import FloatReason
+from mmptq.checkpoints.about import checked_about
 
-def summary(name, quantized=None, float_result=None):
-    return dict(scope='backbone', recipe=dict(name=name), bits=dict(weight=4, activation=4, softmax=3), float=float_result,
-                quantized=quantized, calibration=dict(dataset='CocoDataset', split='train', images=32, leak=True, seconds=1.5),
-                size=dict(float_mib=10.0, quantized_mib=2.5))
+from ..conftest import about
 
-
-def test_size_counts_packed_weights_scales_and_what_stays_float():
-    linear = QuantLinear.from_float(nn.Linear(1024, 512))
-    linear.set_quantizers({'input': 'linear', 'weight': 'weight'}, {'input': UniformQuantizer(4), 'weight': UniformQuantizer(4, axis=-2)})
-    model = nn.Sequential(linear, nn.LayerNorm(512))
-    size = model_size(model)
-    assert size['float_mib'] == round((1024 * 512 + 512 + 2 * 512) * 4 / 2**20, 3)
-    assert size['quantized_mib'] == round((1024 * 512 / 2 + 512 * 5 + 3 * 512 * 4) / 2**20, 3)
-
-
-def test_table_has_float_and_every_recipe_with_scope_bits_and_leak():
-    metrics = {'coco/bbox_mAP': 0.5, 'coco/bbox_mAP_50': 0.7, 'coco/segm_mAP': 0.4}
-    rows = [summary('a_w4a4', dict(metrics=metrics, seconds=2.0, backend='integer'), dict(metrics=metrics, seconds=1.0)), summary('b_w4a4')]
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(result_table(rows, title='demo'))
-    text = console.export_text()
-    for part in ('demo', 'scope backbone', '32 images', 'leak', 'float', 'a_w4a4', 'b_w4a4', '4/4/3', 'integer', 'coco/bbox_mAP',
-                 'coco/segm_mAP', '2.50'):
-        assert part in text
-    assert 'bbox_mAP_50' not in text
+QUANTIZED = dict(
+    name='backbone.fc',
+    kind='linear',
+    site='query',
+    bits=dict(input=4, weight=4),
+    effective_bits=dict(input=3.585, weight=4.0),
+    quantizer=dict(input='UniformQuantizer', weight='UniformQuantizer'),
+    uniform=dict(input=True, weight=True),
+    sqnr_db=20.5,
+    reason=None,
+)
 
 
-def test_a_metric_that_has_no_value_is_none_and_a_dash_in_the_table():
-    result = result_of({'mIoU': float('nan'), 'aAcc': 61.25}, 1.5)
-    assert result == dict(metrics={'mIoU': None, 'aAcc': 61.25}, seconds=1.5)
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(result_table([summary('a_w4a4', result | {'backend': 'simulated'})]))
-    row = next(line for line in console.export_text().splitlines() if 'a_w4a4' in line)
-    assert [cell.strip() for cell in row.split('│')[1:6]] == ['a_w4a4', '4/4/3', 'simulated', '-', '61.25']
+def left_float(reason, kind='Conv2d'):
+    nothing = dict.fromkeys(
+        ['site', 'bits', 'effective_bits', 'quantizer', 'uniform', 'sqnr_db']
+    )
+    return dict(name='neck.conv', kind=kind, reason=reason, **nothing)
+
+
+def content(*layers, **changes):
+    """What a file without a schema number says, as the version before the number wrote it."""
+    return {**about(load_recipe('minmax_w4a4')), 'layers': list(layers), **changes}
+
+
+def test_a_file_without_a_number_is_read_and_written_with_one():
+    first = content(QUANTIZED, left_float('outside of scope backbone'))
+    found = About.read(first)
+    word = dict(left_float('outside_of_scope'))
+    assert found.to_dict() == {**first, 'layers': [QUANTIZED, word], 'schema': 2}
+    assert About.read(found.to_dict()) == found
+    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+
+
+@pytest.mark.parametrize(
+    ('sentence', 'word'),
+    [
+        ('its BackboneSpec names no site for it', 'no_site'),
+        ('MultiheadAttention has no quantized form', 'no_quantized_form'),
+        ('runs in training only', 'training_only'),
+        ('outside of scope backbone', 'outside_of_scope'),
+        ('received nothing in calibration', 'idle'),
+    ],
+)
+def test_sentences_of_earlier_files_are_the_reasons_of_today(sentence, word):
+    row = LayerSummary.model_validate(left_float(sentence, 'MultiheadAttention'))
+    assert row.to_dict()['reason'] == word and row.reason.sentence(row.kind) == sentence
+    assert LayerSummary.model_validate(left_float(word)).reason is row.reason
+
+
+@pytest.mark.parametrize(
+    'reason', ['', 'because', 'it runs in training only', 'idle ', 3, True]
+)
+def test_a_reason_is_one_that_we_know(reason):
+    with pytest.raises(ValidationError):
+        LayerSummary.model_validate(left_float(reason))
+
+
+def test_a_path_and_a_backend_are_there_if_they_were_said():
+    row = LayerSummary.model_validate(QUANTIZED)
+    assert 'path' not in row.to_dict()
+    assert row.model_copy(update=dict(path='int8')).to_dict() == {
+        **QUANTIZED,
+        'path': 'int8',
+    }
+    assert Result(metrics=dict(mIoU=None), seconds=1.0).to_dict() == dict(
+        metrics=dict(mIoU=None), seconds=1.0
+    )
+
+
+def test_a_summary_is_what_its_file_says_and_a_result():
+    found = About.read(content(left_float('idle'), QUANTIZED))
+    summary = Summary.of(found)
+    assert summary.to_dict() == {**found.to_dict(), 'quantized': None}
+    assert summary.about() == found.to_dict() and summary.idle_layers() == ['neck.conv']
+    assert (
+        Summary.read({**content(), 'quantized': None}).schema_number == 2
+    )  # of summary.json
+    with pytest.raises(ValidationError, match='quantized'):
+        Summary.read(content())
+
+
+def test_a_summary_is_not_changed():
+    with pytest.raises(ValidationError, match='frozen'):
+        About.read(content()).scope = 'model'
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(schema=3),
+        dict(schema='2'),
+        dict(schema=True),
+        dict(schema=None),
+        dict(quantized=None),
+    ],
+)
+def test_files_of_a_later_version_or_with_other_keys_are_refused(changes):
+    with pytest.raises(QuantizationError, match=r'a\.pth .*another version of mmptq'):
+        checked_about(content(**changes), 'a.pth')
+
+
+def test_every_reason_has_a_sentence_of_its_own():
+    sentences = {reason.sentence('Conv2d') for reason in FloatReason}
+    assert (
+        len(sentences) == len(FloatReason)
+        and 'Conv2d has no quantized form' in sentences
+    )

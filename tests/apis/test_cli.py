@@ -11,7 +11,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmptq.cli import add_quantize_arguments, main
+from mmptq.arguments import add_quantize_arguments
+from mmptq.cli import main
 
 from .conftest import FEW, ROOT
 

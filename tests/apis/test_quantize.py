@@ -11,10 +11,12 @@ from mmseg.models.backbones.swin import WindowMSA
 
 from mmptq import QuantizationError
 from mmptq.apis import load_packed, load_recipe, pack, quantize
-from mmptq.apis.quantize import quantized_config
 from mmptq.checkpoints.reading import load_file, safe_loading
+from mmptq.engine import loading as LOADING
+from mmptq.engine.lock import locked
 from mmptq.layers import QuantOp
 from mmptq.quantizers import Quantizer
+from mmptq.wrapping.configs import quantized_config
 
 from ..conftest import fast
 from .conftest import FEW, SHARED, stock_tool
@@ -65,7 +67,7 @@ def test_every_layer_has_a_row_with_its_quantizer_or_its_reason(quantized, tmp_p
             assert row['reason'] is None and row['sqnr_db'] > 0 and row['site']
             assert set(row['bits'].values()) <= {4, 8} and set(row['quantizer'].values()) == {'UniformQuantizer'}
         else:
-            assert row['reason'] == 'outside of scope backbone' and row['bits'] is None
+            assert row['reason'] == 'outside_of_scope' and row['bits'] is None
     assert rows['backbone.patch_embed.projection']['bits'] == dict(input=8, weight=4)
     depth = sum(model.backbone.stages[i].blocks.__len__() for i in range(4))
     assert len(products) == 2 * depth
@@ -157,7 +159,7 @@ def test_layers_that_receive_nothing_stay_float_and_are_listed(mask_rcnn, tmp_pa
             quantize(mask_rcnn.config, mask_rcnn.checkpoint, 'minmax_w8a8', work_dir=str(tmp_path), cfg_options=nothing, **settings)
     summary = quantize(mask_rcnn.config, mask_rcnn.checkpoint, 'minmax_w8a8', work_dir=str(tmp_path), cfg_options=nothing, resume=True,
                        pack=True, evaluate=False, **settings)
-    idle = [row['name'] for row in summary['layers'] if row['reason'] == 'received nothing in calibration']
+    idle = [row['name'] for row in summary['layers'] if row['reason'] == 'idle']
     prefix = 'roi_head.mask_head.'
     assert idle == [f'{prefix}convs.0.conv', f'{prefix}convs.1.conv', f'{prefix}conv_logits']
     assert [row['name'] for row in summary['layers'] if row['bits'] is None] == [*idle[:2], f'{prefix}upsample', idle[2]]
@@ -333,7 +335,7 @@ def test_the_paper_protocol_is_said_to_leak(task, tmp_path):
 
 def test_the_paper_protocol_is_uqvits_and_on_evaluation_images(upernet, tmp_path):
     for recipe, options, part in (('adalog_w4a4', {}, 'uqvit_wXaY, not adalog_w4a4'),
-                                  ('uqvit_w4a4', dict(calib_cfg='any.py'), '--calib-cfg')):
+                                  ('uqvit_w4a4', dict(calib_cfg='any.py'), 'calib_cfg has no place in it')):
         with pytest.raises(QuantizationError, match=part):
             quantize(upernet.config, upernet.checkpoint, recipe, work_dir=str(tmp_path), as_in_paper=True, **options)
 
@@ -477,3 +479,40 @@ def test_runs_of_one_config_in_one_second_have_their_own_logs(upernet, tmp_path,
     first, second = ((tmp_path / name / '20260101_000000' / '20260101_000000.log').read_text() for name in ('first', 'second'))
     assert str(tmp_path / 'first') in first and str(tmp_path / 'second') not in first
     assert str(tmp_path / 'second') in second and str(tmp_path / 'first') not in second
+
+
+def test_a_checkpoint_is_read_once_and_every_hook_sees_it(upernet, tmp_path, monkeypatch):
+    from mmengine.hooks import Hook
+    from mmengine.registry import HOOKS
+    from mmengine.runner import CheckpointLoader
+
+    read, seen, loaded = [], [], []
+    original = torch.load
+
+    class Seeing(Hook):
+        def after_load_checkpoint(self, runner, checkpoint):
+            seen.append(len(checkpoint['state_dict']))
+
+    def counted(path, *args, **options):
+        read.append(str(path))
+        return original(path, *args, **options)
+
+    load_checked = LOADING.load_checked
+    monkeypatch.setattr(torch, 'load', counted)
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', pytest.fail)
+    monkeypatch.setattr(LOADING, 'load_checked', lambda *args: loaded.append(args[2]) or load_checked(*args))
+    monkeypatch.setitem(HOOKS.module_dict, 'Seeing', Seeing)
+    quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', work_dir=str(tmp_path), calib_images=1,
+             cfg_options={**FEW, 'custom_hooks': [dict(type='Seeing')]})
+    assert read == loaded == [upernet.checkpoint]
+    assert len(seen) == 2 and len(set(seen)) == 1  # of the quantized model's Runner and of the float one's
+
+
+def test_a_second_run_into_the_same_work_dir_is_refused_and_changes_nothing(upernet, tmp_path):
+    settings = dict(work_dir=tmp_path, cfg_options=FEW, calib_images=1, evaluate=False)
+    with locked(tmp_path):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(QuantizationError, match=r'another run writes to work_dir .*--work-dir'):
+            quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', **settings)
+        assert sorted(tmp_path.iterdir()) == before
+    assert quantize(upernet.config, upernet.checkpoint, 'minmax_w4a4', **settings)['layers']

@@ -12,6 +12,7 @@ from mmptq import QuantizationError
 from mmptq.apis import load_recipe
 from mmptq.backbones import find_spec
 from mmptq.backbones.convert import convert, convert_layers, layers_with_products
+from mmptq.backbones.reasons import FloatReason
 from mmptq.calibration import operations
 from mmptq.layers import GeluShift, QuantConv2d, QuantLinear, QuantMatMul, QuantOp, Rescale
 
@@ -136,8 +137,8 @@ def test_layers_that_stay_float_are_listed_with_a_reason(monkeypatch):
     backbone.stages[0].blocks[0].attn.w_msa.proj = Low(8, 8)
     report = converted(backbone)
     assert set(report.skipped) == {'extra', 'deep.0', 'line', 'other', 'kernel', 'kernel.offset', 'stages.0.blocks.0.attn.w_msa.proj'}
-    assert report.skipped['extra'] == 'its BackboneSpec names no site for it'
-    assert report.skipped['stages.0.blocks.0.attn.w_msa.proj'] == 'Low has no quantized form'
+    assert report.skipped['extra'] is FloatReason.NO_SITE
+    assert report.skipped['stages.0.blocks.0.attn.w_msa.proj'] is FloatReason.NO_QUANTIZED_FORM
     assert unaccounted(backbone, report) == ['other.out_proj']  # inside of an attention that is listed
     assert type(backbone.extra) is nn.Linear and type(backbone.stages[0].blocks[0].attn.w_msa.proj) is Low
 
@@ -225,7 +226,7 @@ def test_layers_that_are_to_stay_float():
     cfg = dict(type='mmptq.QuantModel', model=segmentor(), recipe=load_recipe('adalog_w4a4'))
     model = build_in('mmseg', dict(cfg, idle=names))
     assert [type(model.get_submodule(name)) for name in names] == [nn.Conv2d, nn.Linear]
-    assert all(model.quantization.skipped[name] == 'received nothing in calibration' for name in names)
+    assert all(model.quantization.skipped[name] is FloatReason.IDLE for name in names)
     assert unaccounted(model, model.quantization) == []
     assert set(operations(build_in('mmseg', cfg))) - set(operations(model)) == set(names)
     for name in ('decode_head.conv', 'decode_head', 'backbone.stages.0.blocks.0.attn.w_msa.qk'):

@@ -9,6 +9,7 @@ from torch import nn
 from mmptq import QuantizationError
 from mmptq.backbones import Recipe, convert, find_spec
 from mmptq.backbones.presets import load_recipe
+from mmptq.backbones.reasons import FloatReason
 from mmptq.backbones.spec import matches
 from mmptq.backbones.timm import TIMM_VIT
 from mmptq.backbones.timm_import import FOLDER, import_timm
@@ -150,4 +151,4 @@ def test_without_a_classifier_it_is_a_backbone():
 
 def test_a_second_classifier_stays_float_with_a_reason():
     _, report = calibrated(cls=timm.models.deit.VisionTransformerDistilled)
-    assert report.skipped == {'head_dist': 'its BackboneSpec names no site for it'}
+    assert report.skipped == {'head_dist': FloatReason.NO_SITE}

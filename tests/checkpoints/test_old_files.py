@@ -33,9 +33,10 @@ def expected(folder):
 def test_what_they_say_is_read(folder, suffix):
     path = str(folder / f'quantized.{suffix}')
     made = how_made(read_checkpoint(path), path)
-    assert made['scope'] == folder.name and made['version'] == '0.1.0'
-    assert made['bits'] == dict(weight=4, activation=4, softmax=4) or folder.name == 'model'
-    assert len(made['layers']) > 10 and made['calibration']['images'] == 2
+    assert made.scope == folder.name and made.version == '0.1.0' and made.schema_number == 2
+    assert made.bits.to_dict() == dict(weight=4, activation=4, softmax=4) or folder.name == 'model'
+    assert len(made.layers) > 10 and made.calibration.images == 2
+    assert all(bool(layer.reason) == (layer.bits is None) for layer in made.layers)
 
 
 @pytest.mark.parametrize('config', [None, 'quantized.py'])

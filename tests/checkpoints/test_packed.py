@@ -14,11 +14,11 @@ from mmengine.runner import CheckpointLoader
 
 from mmptq import QuantizationError, __version__
 from mmptq.apis import load_packed, load_recipe
-from mmptq.apis.quantize import quantized_config
 from mmptq.backbones import find_spec
 from mmptq.calibration import Call, calibrate, operations
 from mmptq.checkpoints.packed import _from_json, packed_model, read_packed, write_packed
 from mmptq.checkpoints.trusted import trusted_model
+from mmptq.wrapping.configs import quantized_config
 
 from ..conftest import SWIN, about, build_in, fast, image, mixed, randomized
 from ..test_all_models import DETECTORS, SEGMENTORS, config_of

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from torch import nn
 
 from mmptq import QuantizationError
-from mmptq.checkpoints.reading import Unread, load_file, safe_loading
+from mmptq.checkpoints.reading import Unread, load_checked, load_file, safe_loading, without_prefix
 from mmptq.checkpoints.writing import save_atomically
 
 
@@ -66,3 +67,21 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
     with pytest.raises(OSError):
         save_atomically({'version': 2}, path)
     assert torch.load(path, weights_only=True) == {'version': 1} and os.listdir(tmp_path) == ['a.pth']
+
+
+def test_versions_of_modules_are_kept_without_the_prefix_of_a_distributed_model():
+    """Heads of mmdet rename old weights by these; torch keeps them beside a state dict."""
+    versions = []
+
+    class Versioned(nn.Linear):
+        _version = 2
+
+        def _load_from_state_dict(self, state, prefix, metadata, *args):
+            versions.append(metadata.get('version'))
+            super()._load_from_state_dict(state, prefix, metadata, *args)
+
+    model = Versioned(2, 2)
+    state = model.state_dict()
+    assert load_checked(model, state, 'a.pth') == []
+    assert versions == [2] and without_prefix(state)._metadata is state._metadata
+    assert list(without_prefix({'module.fc.module.weight': state['weight']})) == ['fc.module.weight']

@@ -13,13 +13,13 @@ from onnx import TensorProto
 
 from mmptq import QuantizationError
 from mmptq.apis import export, load_recipe
-from mmptq.apis.quantize import quantized_config
 from mmptq.backbones import find_spec
 from mmptq.calibration import Call, calibrate
 from mmptq.checkpoints.packed import write_packed
 from mmptq.cli import main
 from mmptq.export.onnx import build_graph, compare, export_onnx
 from mmptq.quantizers import calibrated_parts
+from mmptq.wrapping.configs import quantized_config
 
 from ..conftest import FAST, SWIN, VIT, about, build_in, image, mixed, randomized
 

@@ -44,7 +44,7 @@ class Honest:
         from mmengine.config import Config
         from mmengine.registry import MODELS, init_default_scope
 
-        from mmptq.apis.quantize import quantized_config
+        from mmptq.wrapping.configs import quantized_config
 
         torch.manual_seed(0)
         recipe = fast('adalog_w4a4')
@@ -248,7 +248,7 @@ def models(choices):
 
     with guarded(len(honest().state), 10_000):
         loaded = {'state_dict': honest().state, 'meta': {'mmptq': honest().about}}
-        build_quantized(model, 'mmseg', honest().about, loaded, 'file')
+        build_quantized(model, 'mmseg', how_made(loaded, 'file'), loaded, 'file')
 
 
 def other_layouts(choices):

@@ -21,7 +21,7 @@ def test_honest_input_is_read():
     assert harnesses.load_file(harnesses._file(honest.pth, '.pth'))['state_dict'].keys() == honest.state.keys()
     assert harnesses.read_packed(harnesses._file(honest.packed, '.safetensors'))['state_dict']
     assert harnesses.load_progress(harnesses._file(honest.progress, '.pth'), 'me')
-    assert harnesses.checked_about(honest.about, 'file') == honest.about
+    assert harnesses.checked_about(honest.about, 'file').to_dict() == {**honest.about, 'schema': 2}
     harnesses.load_checked(harnesses._fresh(), honest.state, 'file')
 
 
