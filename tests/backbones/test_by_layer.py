@@ -14,6 +14,7 @@ from mmptq.backbones import Bits, Recipe
 from mmptq.backbones.by_layer import LayerEntry
 from mmptq.backbones.convert import layers_with_products
 from mmptq.backbones.presets import mixed_recipe
+from mmptq.backbones.reasons import FloatReason
 from mmptq.calibration import operations
 from mmptq.layers import GeluShift, QuantLinear, Rescale
 from mmptq.quantizers import AdaLogQuantizer, Float, UniformQuantizer
@@ -92,7 +93,7 @@ def test_a_float_layer_is_the_float_models_and_listed():
     )
     assert type(model.patch_embed.projection).__name__ == 'Conv2d'
     assert not isinstance(model.patch_embed.projection, QuantLinear)
-    reason = 'kept float by the recipe'
+    reason = FloatReason.KEPT
     expected = dict.fromkeys(
         ['stages.0.downsample.reduction', 'patch_embed.projection'], reason
     )
@@ -127,7 +128,7 @@ def test_products_of_an_attention_that_stay_float():
         for number, product in ((0, 'qk'), (1, 'qk'), (1, 'pv'))
     ]
     assert model.quantization.skipped == dict.fromkeys(
-        names, 'kept float by the recipe'
+        names, FloatReason.KEPT
     )
     plain = build_in('mmdet', SWIN)
     plain.load_state_dict(model.state_dict(), strict=True)
@@ -156,7 +157,7 @@ def test_whole_models_have_layers_outside_of_the_backbone():
         )
         assert bits == expected, name
     assert (
-        model.quantization.skipped['decode_head.conv_seg'] == 'kept float by the recipe'
+        model.quantization.skipped['decode_head.conv_seg'] is FloatReason.KEPT
     )
 
 

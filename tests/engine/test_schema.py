@@ -34,7 +34,7 @@ def test_the_schema_of_a_summary_names_its_keys_as_the_file_does():
         'layers',
     }
     assert len(schema['properties']) == len(About.model_fields) + 1
-    assert schema['$defs']['FloatReason']['enum'][-1] == 'idle'
+    assert schema['$defs']['FloatReason']['enum'][-1] == 'kept'
     assert schema['additionalProperties'] is False
 
 

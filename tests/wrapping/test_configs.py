@@ -51,9 +51,10 @@ def test_a_model_without_a_backbone_is_none(model):
 def test_what_belongs_to_one_run_is_not_given_away():
     cfg = quantized_config(config(), {}, 'model')
     cfg.custom_hooks = [HOOK, dict(type='Other', resume=True)]
-    given = unchanged(portable_config, cfg, ['neck.conv'])
+    left = dict(layers=[dict(pattern='neck.conv', float=True)])
+    given = unchanged(portable_config, cfg, left)
     assert (
-        given.model.idle == ['neck.conv']
+        given.model.recipe == left
         and 'work_dir' not in given
         and 'load_from' not in given
     )
@@ -61,9 +62,14 @@ def test_what_belongs_to_one_run_is_not_given_away():
         dict(type='mmptq.PTQHook', images=2),
         dict(type='Other', resume=True),
     ]
-    assert 'idle' not in portable_config(cfg, []).model
+    assert portable_config(cfg, {}).model.recipe == {}
+    of_old = cfg.copy()
+    of_old.model.idle = ['neck.conv']
+    assert 'idle' not in portable_config(of_old, left).model
     cfg.model = dict(type='TTA', module=cfg.model)
-    assert portable_config(cfg, ['neck.conv']).model.module.idle == ['neck.conv']
+    assert portable_config(cfg, left).model.module.recipe == left
+    cfg = quantized_config(config(), {}, 'backbone')
+    assert portable_config(cfg, left).model.backbone.recipe == left
 
 
 def test_a_test_has_the_checkpoints_weights_and_one_hook():
