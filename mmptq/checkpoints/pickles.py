@@ -58,10 +58,14 @@ class UnsafePickleError(ValueError):
 
 
 class Machine:
-    """Follows the operations of one pickle and collects the names that it would import."""
+    """Follows the operations of one pickle and collects the names that it would import.
 
-    def __init__(self, callable_names: set[str]) -> None:
-        self.callable_names = callable_names
+    Args:
+        never_called: Names that may stand in it and not be called, such as those of storages.
+    """
+
+    def __init__(self, never_called: set[str]) -> None:
+        self.never_called = never_called
         self.names: set[str] = set()
         self.stack: list[Kind] = []
         self.memo: dict[int, Kind] = {}
@@ -157,7 +161,7 @@ class Machine:
         if operation == 'BUILD':
             return
         maker = self.stack.pop()
-        if maker.sort == 'name' and maker.name not in self.callable_names:
+        if maker.sort == 'name' and maker.name in self.never_called:
             raise UnsafePickleError(f'it calls {maker.name.replace(" ", ".")}')
         if maker.sort not in ('name', 'object') or argument.sort not in ('tuple', 'object'):
             raise UnsafePickleError('it calls what cannot be called')

@@ -173,13 +173,13 @@ def _names_in(path: str | Path) -> set[str]:
     with open(path, 'rb') as file:
         start = file.read(max(4, len(LEGACY)))
         if start.startswith(b'PK\x03\x04'):
-            return Machine(MAKERS | UNREAD).run(_pickle_of_archive(file))
+            return Machine(KNOWN - MAKERS).run(_pickle_of_archive(file))
         if start != LEGACY:
             raise ValueError('it is not a file of torch.save')
         file.seek(0)
         names: set[str] = set()
         for _ in range(5):  # magic number, protocol, machine, content, keys of the storages
-            names |= Machine(MAKERS | UNREAD).run(file)
+            names |= Machine(KNOWN - MAKERS).run(file)
         return names
 
 

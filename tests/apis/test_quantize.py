@@ -183,7 +183,7 @@ def test_layers_that_receive_nothing_stay_float_and_are_listed(mask_rcnn, tmp_pa
     MODELS.build(cfg.model).load_state_dict(state, strict=True)  # as where there is no hook
     with pytest.raises(QuantizationError, match='lacks parameters of quantizers'):
         MODELS.build(dict(cfg.model, recipe='minmax_w8a8')).load_state_dict(state)
-    assert [row['reason'] for row in again['layers'] if row['name'] in idle] == ['received nothing in calibration'] * 3
+    assert [row['reason'] for row in again['layers'] if row['name'] in idle] == ['idle'] * 3
     named = quantize(mask_rcnn.config, str(tmp_path / 'quantized.pth'), 'minmax_w8a8', work_dir=str(tmp_path / 'named'), cfg_options=FEW,
                      **settings)
     assert named['layers'] == again['layers'] and named['recipe'] == again['recipe'] == summary['recipe']
@@ -222,7 +222,7 @@ def test_single_layers_at_other_bits_and_in_float(upernet, tmp_path, monkeypatch
                        **mixed)
     assert summary['recipe']['name'] == 'minmax_w4a4_mixed' and summary['bits'] == dict(weight=4, activation=4, softmax=4)
     rows = {row['name'].removeprefix('backbone.'): row for row in summary['layers'] if row['name'].startswith('backbone.')}
-    kept = [name for name, row in rows.items() if row['reason'] == 'kept float by the recipe']
+    kept = [name for name, row in rows.items() if row['reason'] == 'kept']
     assert sorted(kept) == ['patch_embed.projection', *sorted(name for name in rows if name.endswith('.qk'))]
     assert rows['patch_embed.projection']['bits'] is None and rows['stages.2.blocks.0.attn.w_msa.qk']['bits'] == dict(left=32, right=32)
     assert rows['stages.0.blocks.0.attn.w_msa.pv']['bits'] == dict(left=5, right=8)
@@ -241,8 +241,8 @@ def test_single_layers_at_other_bits_and_in_float(upernet, tmp_path, monkeypatch
     assert again['layers'] == summary['layers'] and again['quantized']['metrics'] == summary['quantized']['metrics']
     integers = quantize(upernet.config, str(tmp_path / 'quantized.safetensors'), work_dir=str(tmp_path / 'int'), backend='integer',
                         **settings)
-    assert {row['path'] for row in integers['layers'] if row['reason'] == 'kept float by the recipe'} == {
-        'float', 'simulated: a product of Whole and Whole operands'}
+    assert {row['path'] for row in integers['layers'] if row['reason'] == 'kept'} == {
+        'float', 'simulated: a product of Float and Float operands has no entry in mmptq.runtime.matmul.PAIRS'}
     with pytest.raises(QuantizationError, match='was quantized with recipe minmax_w4a4_mixed'):
         quantize(upernet.config, str(tmp_path / 'quantized.pth'), 'minmax_w4a4', work_dir=str(tmp_path / 'other'), **settings)
 
