@@ -19,6 +19,7 @@ test: install
 lint:
 	@requirements/lint.sh $(LINT)
 	@$(LINT)/bin/ruff check .
+	@$(LINT)/bin/ruff format --check --quiet . || { echo 'not formatted: run $(LINT)/bin/ruff format .' >&2; exit 1; }
 	@$(LINT)/bin/mypy
 
 check: lint install

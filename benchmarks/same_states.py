@@ -1,11 +1,13 @@
-"""Whether two commits calibrate to the same bits: a hash of every tensor of quantized.pth, for every recipe at W4A4.
+"""Whether two commits calibrate to the same bits: a hash of every tensor of
+quantized.pth, for every recipe at W4A4.
 
     git worktree add OLD COMMIT
     PYTHONPATH=OLD python benchmarks/same_states.py --json old.json
     python benchmarks/same_states.py --json new.json --against old.json
 
-The models are the bundled detector and segmentor and a small ViT with random weights, calibrated on 4 images (scope ``backbone``, 2 CPU
-threads). Sums round otherwise on another processor, so both sides are to be run on one machine.
+The models are the bundled detector and segmentor and a small ViT with random weights,
+calibrated on 4 images (scope ``backbone``, 2 CPU threads). Sums round otherwise on
+another processor, so both sides are to be run on one machine.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ HEAD = dict(
 
 def bundled(name: str) -> tuple[str, str]:
     """Config and checkpoint of a bundled model."""
-    return str(ROOT / 'configs' / 'demo' / f'{name}.py'), str(ROOT / 'demo' / f'{name}.pth')
+    return str(ROOT / 'configs' / 'demo' / f'{name}.py'), str(
+        ROOT / 'demo' / f'{name}.pth'
+    )
 
 
 def random_vit(folder: Path) -> tuple[str, str]:
@@ -58,7 +62,9 @@ def random_vit(folder: Path) -> tuple[str, str]:
     model.init_weights()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+        parameter.data.add_(
+            torch.randn(parameter.shape, generator=generator), alpha=0.05
+        )
     torch.save({'state_dict': model.state_dict()}, folder / 'vit.pth')
     return str(folder / 'vit.py'), str(folder / 'vit.pth')
 
@@ -67,7 +73,11 @@ def hashes(path: Path) -> dict[str, str]:
     """A hash of each tensor of a checkpoint."""
     state = torch.load(path, map_location='cpu', weights_only=True)['state_dict']
     return {
-        name: hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+        name: (
+            hashlib.sha256(
+                value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            ).hexdigest()[:16]
+        )
         for name, value in state.items()
     }
 
@@ -77,7 +87,9 @@ def recipe_of(name: str) -> dict[str, Any]:
     from mmptq.apis import load_recipe
 
     method, _, variant = name.partition('_')
-    recipe: dict[str, Any] = load_recipe(f'{method}_w4a4' + (f'_{variant}' if variant else ''))
+    recipe: dict[str, Any] = load_recipe(
+        f'{method}_w4a4' + (f'_{variant}' if variant else '')
+    )
     for stage in [recipe['method']] if 'method' in recipe else recipe['stages']:
         if 'BRECQ' in stage['type']:
             stage.update(iterations=5, batch=2)
@@ -86,9 +98,13 @@ def recipe_of(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--json', type=Path, required=True, help='file for the hashes')
-    parser.add_argument('--against', type=Path, help='hashes of another commit, to compare with')
+    parser.add_argument(
+        '--against', type=Path, help='hashes of another commit, to compare with'
+    )
     parser.add_argument('--recipes', nargs='+', help='by default all')
     parser.add_argument('--models', nargs='+', default=['detector', 'segmentor', 'vit'])
     args = parser.parse_args()
@@ -111,9 +127,18 @@ def main() -> None:
                 begin = time.perf_counter()
                 work_dir = Path(folder) / f'{model}_{recipe}'
                 config, checkpoint = models[model]
-                quantize(config, checkpoint, recipe_of(recipe), work_dir=str(work_dir), calib_images=4, evaluate=False)
+                quantize(
+                    config,
+                    checkpoint,
+                    recipe_of(recipe),
+                    work_dir=str(work_dir),
+                    calib_images=4,
+                    evaluate=False,
+                )
                 found[f'{model} {recipe}'] = hashes(work_dir / 'quantized.pth')
-                print(f'{model} {recipe}: {time.perf_counter() - begin:.1f} s', flush=True)
+                print(
+                    f'{model} {recipe}: {time.perf_counter() - begin:.1f} s', flush=True
+                )
                 args.json.write_text(json.dumps(found, indent=1) + '\n')
     if args.against:
         sys.exit(compare(found, json.loads(args.against.read_text())))
@@ -124,9 +149,20 @@ def compare(found: dict[str, dict[str, str]], other: dict[str, dict[str, str]]) 
     different = 0
     for run, tensors in found.items():
         before = other.get(run, {})
-        names = sorted(name for name in tensors.keys() | before.keys() if tensors.get(name) != before.get(name))
+        names = sorted(
+            name
+            for name in tensors.keys() | before.keys()
+            if tensors.get(name) != before.get(name)
+        )
         different += bool(names)
-        print(f'{run}: ' + (f'{len(names)} tensors differ, first {names[0]}' if names else f'{len(tensors)} tensors equal'))
+        print(
+            f'{run}: '
+            + (
+                f'{len(names)} tensors differ, first {names[0]}'
+                if names
+                else f'{len(tensors)} tensors equal'
+            )
+        )
     return different
 
 

@@ -1,4 +1,5 @@
-"""The demo's data set: textured objects that hide one another on cluttered ground, drawn from a seed.
+"""The demo's data set: textured objects that hide one another on cluttered ground,
+drawn from a seed.
 
 One set of images in two formats, so that detectors and segmentors share it::
 
@@ -6,11 +7,15 @@ One set of images in two formats, so that detectors and segmentors share it::
     OUT/annotations/instances_train.json, instances_val.json     COCO instances
     OUT/annotations_seg/train/*.png, val/*.png                   ADE20K: 0 is unlabelled, classes count from 1
 
-A segmentor tells objects by shape and texture, a detector by texture alone; colour, size, angle and light say nothing.
-Masks hold what is visible. They are run-length encoded, which is exact, but which mmdet reads with ``poly2mask=True`` (its default) only.
+A segmentor tells objects by shape and texture, a detector by texture alone; colour,
+size, angle and light say nothing. Masks hold what is visible. They are run-length
+encoded, which is exact, but which mmdet reads with ``poly2mask=True`` (its default)
+only.
 
-Usage: python demo/generate_data.py [--out demo/data] [--seed 0] [--train 800] [--val 100]
+Usage: python demo/generate_data.py [--out demo/data] [--seed 0] [--train 800] [--val
+    100]
 """
+
 import argparse
 import json
 import math
@@ -42,7 +47,9 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: its index in `OBJECTS`, its area without occlusion, and the mask of what is visible of it."""
+    """One object: its index in `OBJECTS`, its area without occlusion, and the mask of
+    what is visible of it.
+    """
 
     label: int
     area: float
@@ -60,7 +67,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image (BGR), its objects and its index map of `CLASSES`, in which 0 is unlabelled."""
+    """An image (BGR), its objects and its index map of `CLASSES`, in which 0 is
+    unlabelled.
+    """
 
     image: NDArray[np.uint8]
     things: list[Thing]
@@ -78,9 +87,13 @@ def outline(shape: str, rng: np.random.Generator) -> FloatArray:
     return (points @ rotation.T).astype(np.float32)
 
 
-def smooth_noise(height: int, width: int, sigma: float, rng: np.random.Generator) -> FloatArray:
+def smooth_noise(
+    height: int, width: int, sigma: float, rng: np.random.Generator
+) -> FloatArray:
     """Blurred noise of standard deviation 1."""
-    noise = cv2.GaussianBlur(rng.standard_normal((height, width), dtype=np.float32), (0, 0), sigma)
+    noise = cv2.GaussianBlur(
+        rng.standard_normal((height, width), dtype=np.float32), (0, 0), sigma
+    )
     return np.asarray(noise / noise.std(), dtype=np.float32)
 
 
@@ -90,9 +103,18 @@ def texture(kind: str, height: int, width: int, rng: np.random.Generator) -> Flo
         return 0.6 * smooth_noise(height, width, 7.0, rng)
     if kind == 'grain':
         return 0.6 * smooth_noise(height, width, 1.2, rng)
-    turn, period = rng.uniform(0, 2 * math.pi), rng.uniform(14.0, 22.0) if kind == 'waves' else rng.uniform(7.0, 12.0)
-    cosine, sine = 2 * math.pi / period * math.cos(turn), 2 * math.pi / period * math.sin(turn)
-    y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)[None, :]
+    turn, period = (
+        rng.uniform(0, 2 * math.pi),
+        (rng.uniform(14.0, 22.0) if kind == 'waves' else rng.uniform(7.0, 12.0)),
+    )
+    cosine, sine = (
+        2 * math.pi / period * math.cos(turn),
+        2 * math.pi / period * math.sin(turn),
+    )
+    y, x = (
+        np.arange(height, dtype=np.float32)[:, None],
+        np.arange(width, dtype=np.float32)[None, :],
+    )
     u = cosine * x + sine * y + rng.uniform(0, 2 * math.pi)
     if kind == 'waves':
         return np.sin(u + smooth_noise(height, width, 9.0, rng))
@@ -107,18 +129,27 @@ def texture(kind: str, height: int, width: int, rng: np.random.Generator) -> Flo
 
 
 def colour(pattern: FloatArray, rng: np.random.Generator) -> FloatArray:
-    """Image (height, width, 3) of a pattern between two random colours, with a gradient of light."""
+    """Image (height, width, 3) of a pattern between two random colours, with a gradient
+    of light.
+    """
     height, width = pattern.shape
     base = rng.uniform(70, 185, size=3).astype(np.float32)
     swing = (rng.uniform(24, 48) + rng.uniform(-16, 16, size=3)).astype(np.float32)
     slope = rng.uniform(-0.25, 0.25, size=2).astype(np.float32)
-    y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)[None, :]
+    y, x = (
+        np.arange(height, dtype=np.float32)[:, None],
+        np.arange(width, dtype=np.float32)[None, :],
+    )
     light = slope[0] * (y - height / 2) + slope[1] * (x - width / 2)
     return cv2.merge([base[i] + swing[i] * pattern + light for i in range(3)])
 
 
-def draw_ground(height: int, width: int, rng: np.random.Generator) -> tuple[FloatArray, NDArray[np.uint8]]:
-    """Two kinds of ground along a curved border, under strokes that belong to no class; and their index map."""
+def draw_ground(
+    height: int, width: int, rng: np.random.Generator
+) -> tuple[FloatArray, NDArray[np.uint8]]:
+    """Two kinds of ground along a curved border, under strokes that belong to no class;
+    and their index map.
+    """
     first, second = rng.permutation(len(GROUNDS))[:2]
     border = smooth_noise(height, width, 28.0, rng) > 0
     image = np.where(
@@ -129,9 +160,13 @@ def draw_ground(height: int, width: int, rng: np.random.Generator) -> tuple[Floa
     index_map = (1 + len(OBJECTS) + np.where(border, first, second)).astype(np.uint8)
     for _ in range(rng.integers(3, 8)):
         start = rng.uniform((0, 0), (width, height))
-        points = (start + np.cumsum(rng.normal(0, 14, size=(4, 2)), axis=0)).astype(np.int32)
+        points = (start + np.cumsum(rng.normal(0, 14, size=(4, 2)), axis=0)).astype(
+            np.int32
+        )
         thickness = int(rng.integers(1, 4))
-        cv2.polylines(image, [points], False, rng.uniform(30, 225, size=3).tolist(), thickness)
+        cv2.polylines(
+            image, [points], False, rng.uniform(30, 225, size=3).tolist(), thickness
+        )
         cv2.polylines(index_map, [points], False, 0, thickness)
     return image, index_map
 
@@ -144,11 +179,15 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     for _ in range(rng.integers(COUNTS[0], COUNTS[1] + 1)):
         label = int(rng.integers(len(OBJECTS)))
         shape, kind = SHAPES[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
-        corners = rng.uniform(*RADII) * outline(shape, rng) + rng.uniform((0, 0), (width, height))
+        corners = rng.uniform(*RADII) * outline(shape, rng) + rng.uniform(
+            (0, 0), (width, height)
+        )
         corners = corners.round().astype(np.int32)
         canvas = np.zeros((height, width), dtype=np.uint8)
         mask = cv2.fillPoly(canvas, [corners], 1).astype(bool)
-        drawn = [thing.behind(mask) for thing in things] + [Thing(label, cv2.contourArea(corners), mask)]
+        drawn = [thing.behind(mask) for thing in things] + [
+            Thing(label, cv2.contourArea(corners), mask)
+        ]
         if not all(thing.visible_enough for thing in drawn):
             continue
         things = drawn
@@ -169,7 +208,10 @@ def run_lengths(mask: Mask) -> dict[str, Any]:
 
 def annotation(thing: Thing) -> dict[str, Any]:
     """COCO annotation of an object, without the ids that the file gives it."""
-    rows, columns = np.flatnonzero(thing.mask.any(axis=1)), np.flatnonzero(thing.mask.any(axis=0))
+    rows, columns = (
+        np.flatnonzero(thing.mask.any(axis=1)),
+        np.flatnonzero(thing.mask.any(axis=0)),
+    )
     x, y = int(columns[0]), int(rows[0])
     return {
         'category_id': 1 + thing.label % len(TEXTURES),
@@ -181,7 +223,9 @@ def annotation(thing: Thing) -> dict[str, Any]:
 
 
 def write_split(folder: Path, split: str, number: int, seed: list[int]) -> None:
-    """Draw and write one split. Image i depends on `seed` and i only, not on how many there are."""
+    """Draw and write one split. Image i depends on `seed` and i only, not on how many
+    there are.
+    """
     for parent in (split, f'annotations_seg/{split}', 'annotations'):
         (folder / parent).mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
@@ -189,22 +233,39 @@ def write_split(folder: Path, split: str, number: int, seed: list[int]) -> None:
     for i in range(number):
         scene = draw_scene(np.random.default_rng([*seed, i]))
         height, width = scene.index_map.shape
-        cv2.imwrite(str(folder / split / f'{i:04d}.jpg'), scene.image, [cv2.IMWRITE_JPEG_QUALITY, 95])
-        cv2.imwrite(str(folder / 'annotations_seg' / split / f'{i:04d}.png'), scene.index_map)
-        images.append({'id': i, 'file_name': f'{i:04d}.jpg', 'height': height, 'width': width})
+        cv2.imwrite(
+            str(folder / split / f'{i:04d}.jpg'),
+            scene.image,
+            [cv2.IMWRITE_JPEG_QUALITY, 95],
+        )
+        cv2.imwrite(
+            str(folder / 'annotations_seg' / split / f'{i:04d}.png'), scene.index_map
+        )
+        images.append(
+            {'id': i, 'file_name': f'{i:04d}.jpg', 'height': height, 'width': width}
+        )
         for thing in scene.things:
-            annotations.append({'id': 1 + len(annotations), 'image_id': i, **annotation(thing)})
-    categories = [{'id': 1 + label, 'name': name} for label, name in enumerate(TEXTURES)]
+            annotations.append(
+                {'id': 1 + len(annotations), 'image_id': i, **annotation(thing)}
+            )
+    categories = [
+        {'id': 1 + label, 'name': name} for label, name in enumerate(TEXTURES)
+    ]
     coco = {'images': images, 'annotations': annotations, 'categories': categories}
     (folder / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))
 
 
 def generate(out: Path, seed: int = 0, train: int = 800, val: int = 100) -> None:
-    """Write the data set to `out`, at once by a rename; do nothing where the same set is there already."""
+    """Write the data set to `out`, at once by a rename; do nothing where the same set
+    is there already.
+    """
     marker = {'version': VERSION, 'seed': seed, 'train': train, 'val': val}
     if out.exists():
         if not (out / 'demo.json').is_file():
-            raise FileExistsError(f'{out} exists and is no demo data set. Choose another folder, or remove it.')
+            raise FileExistsError(
+                f'{out} exists and is no demo data set. Choose another folder, or'
+                ' remove it.'
+            )
         if json.loads((out / 'demo.json').read_text()) == marker:
             return
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -220,14 +281,27 @@ def generate(out: Path, seed: int = 0, train: int = 800, val: int = 100) -> None
 
 def main() -> None:
     """Writes the data set that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'data', help='folder to write (demo/data)')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path(__file__).parent / 'data',
+        help='folder to write (demo/data)',
+    )
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--train', type=int, default=800, help='number of training images')
-    parser.add_argument('--val', type=int, default=100, help='number of validation images')
+    parser.add_argument(
+        '--train', type=int, default=800, help='number of training images'
+    )
+    parser.add_argument(
+        '--val', type=int, default=100, help='number of validation images'
+    )
     args = parser.parse_args()
     generate(args.out, args.seed, args.train, args.val)
-    print(f'{args.out}: {args.train} train and {args.val} val images of seed {args.seed}')
+    print(
+        f'{args.out}: {args.train} train and {args.val} val images of seed {args.seed}'
+    )
 
 
 if __name__ == '__main__':

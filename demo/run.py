@@ -1,7 +1,10 @@
-"""The demo: quantizes the bundled models and prints what that costs. `make demo` runs it.
+"""The demo: quantizes the bundled models and prints what that costs. `make demo` runs
+it.
 
-Usage: python demo/run.py [--work-dir work_dirs/demo] [--models mask-rcnn_swin-demo upernet_swin-demo]
+Usage: python demo/run.py [--work-dir work_dirs/demo] [--models mask-rcnn_swin-demo
+    upernet_swin-demo]
 """
+
 import argparse
 from pathlib import Path
 
@@ -28,15 +31,26 @@ def main() -> None:
     generate(DEMO / 'data')
     tables = []
     for model in args.models:
-        config, checkpoint = DEMO.parent / 'configs' / 'demo' / f'{model}.py', DEMO / f'{model}.pth'
-        summaries = compare(str(config), str(checkpoint), args.recipes, args.work_dir / model, calib_images=args.calib_images)
+        config, checkpoint = (
+            DEMO.parent / 'configs' / 'demo' / f'{model}.py',
+            DEMO / f'{model}.pth',
+        )
+        summaries = compare(
+            str(config),
+            str(checkpoint),
+            args.recipes,
+            args.work_dir / model,
+            calib_images=args.calib_images,
+        )
         tables.append(result_table(summaries, title=model))
     console = Console()
     if not console.is_terminal:
         console.width = 120
     for table in tables:
         console.print(table)
-    console.print(f'Every layer, its quantizers and its SQNR: {args.work_dir}/*/*/summary.json')
+    console.print(
+        f'Every layer, its quantizers and its SQNR: {args.work_dir}/*/*/summary.json'
+    )
 
 
 if __name__ == '__main__':

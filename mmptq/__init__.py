@@ -1,4 +1,7 @@
-"""mmptq: post-training quantization of Swin and ViT backbones in OpenMMLab detectors and segmentors."""
+"""mmptq: post-training quantization of Swin and ViT backbones in OpenMMLab detectors
+and segmentors.
+"""
+
 from .errors import QuantizationError
 from .version import __version__
 

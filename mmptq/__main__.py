@@ -1,4 +1,5 @@
 """``python -m mmptq``: the command line."""
+
 import sys
 
 from .cli import main

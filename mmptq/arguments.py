@@ -57,7 +57,8 @@ def add_config_changes(
 def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of mmdet's tools/test.py, and those of quantization.
 
-    What is not given is not in the namespace: the defaults are those of :class:`Options`.
+    What is not given is not in the namespace: the defaults are those of
+    :class:`Options`.
     """
     parser.add_argument(
         'config', help='config file of mmdet or mmsegmentation, or package::name'
@@ -98,7 +99,9 @@ def add_argument(parser: Any, name: str) -> None:
 
 
 def said_type(annotation: Any) -> Any:
-    """The first type of a union: the one that a user can write in a shell; str for text or a path."""
+    """The first type of a union: the one that a user can write in a shell; str for text
+    or a path.
+    """
     return get_args(annotation)[0] if is_union(annotation) else annotation
 
 
@@ -108,7 +111,9 @@ def is_union(annotation: Any) -> bool:
 
 
 def switch(flag: str, default: bool) -> Any:
-    """What a flag without a value does: it turns on, or off, or has a twin for the opposite."""
+    """What a flag without a value does: it turns on, or off, or has a twin for the
+    opposite.
+    """
     if not default:
         return 'store_true'
     if flag.startswith('--no-'):

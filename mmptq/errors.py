@@ -1,6 +1,5 @@
 """The one error that mmptq raises for what a user can mend; its text says what to do."""
 
-
 LONGEST = 2000
 """Characters of a message; what a file says may be longer."""
 
@@ -8,8 +7,10 @@ LONGEST = 2000
 class QuantizationError(RuntimeError):
     """Input that cannot be quantized as asked.
 
-    The message names the file, key or layer and the remedy. It is one line that any terminal can
-    show: names that come from a file may hold control characters, and these are escaped.
+    The message names the file, key or layer and the remedy. It is one line that any
+    terminal can
+    show: names that come from a file may hold control characters, and these are
+        escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -18,7 +19,9 @@ class QuantizationError(RuntimeError):
 
 
 def printable(text: str) -> str:
-    """A text as one line without characters that move a cursor, change colours or stay invisible."""
+    """A text as one line without characters that move a cursor, change colours or stay
+    invisible.
+    """
     return ''.join(_shown(character) for character in text)
 
 

@@ -1,4 +1,7 @@
-"""Registries of mmptq. Importing this file is all that ``type='mmptq.X'`` needs in a config, with no custom_imports."""
+"""Registries of mmptq. Importing this file is all that ``type='mmptq.X'`` needs in a
+config, with no custom_imports.
+"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -9,12 +12,23 @@ from mmengine.registry import Registry
 
 from . import methods, quantizers
 
-# Who builds a quantized model loads a checkpoint next: by then it is read by us, without running anything of it.
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmptq',
-                  locations=['mmptq.backbones.build', 'mmptq.backbones.timm_backbone', 'mmptq.checkpoints.loaders'])
+# Who builds a quantized model loads a checkpoint next: by then it is read by us,
+# without running anything of it.
+MODELS = Registry(
+    'model',
+    parent=MMENGINE_MODELS,
+    scope='mmptq',
+    locations=[
+        'mmptq.backbones.build',
+        'mmptq.backbones.timm_backbone',
+        'mmptq.checkpoints.loaders',
+    ],
+)
 """``QuantBackbone``, ``QuantModel`` and ``TimmBackbone``."""
 
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmptq', locations=['mmptq.engine.hook'])
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='mmptq', locations=['mmptq.engine.hook']
+)
 """``PTQHook``."""
 
 QUANTIZERS = Registry('quantizer', scope='mmptq')
@@ -24,11 +38,12 @@ METHODS = Registry('method', scope='mmptq')
 """What a recipe may name as its method or as one of its stages."""
 
 
-
 def registered(registry: Registry, name: str) -> Any:
-    """What is registered as ``Name`` or ``scope.Name``, in a registry of ours or a child of it; None if nothing is.
+    """What is registered as ``Name`` or ``scope.Name``, in a registry of ours or a
+    child of it; None if nothing is.
 
-    Names may come from a file. ``Registry.get`` would import a name that it does not know, and so run whatever it names.
+    Names may come from a file. ``Registry.get`` would import a name that it does not
+    know, and so run whatever it names.
     """
     scope, _, key = name.rpartition('.')
     if scope in ('', registry.scope):
@@ -37,7 +52,18 @@ def registered(registry: Registry, name: str) -> Any:
     return None if child is None else child.module_dict.get(key)
 
 
-for _module in (quantizers.UniformQuantizer, quantizers.AdaLogQuantizer, quantizers.DeMaxQuantizer, quantizers.Float):
+for _module in (
+    quantizers.UniformQuantizer,
+    quantizers.AdaLogQuantizer,
+    quantizers.DeMaxQuantizer,
+    quantizers.Float,
+):
     QUANTIZERS.register_module(module=_module)
-for _method in (methods.MinMax, methods.AdaLog, methods.AdaLogBRECQ, methods.UQViT, methods.BRECQ):
+for _method in (
+    methods.MinMax,
+    methods.AdaLog,
+    methods.AdaLogBRECQ,
+    methods.UQViT,
+    methods.BRECQ,
+):
     METHODS.register_module(module=_method)

@@ -1,4 +1,5 @@
 """Oracles written from the equations alone, and small real backbones."""
+
 import dataclasses
 import math
 import os
@@ -21,19 +22,43 @@ from mmptq.quantizers import AdaLogQuantizer, Quantizer, UniformQuantizer
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # read when a kernel is defined
 
-hypothesis.settings.register_profile('tests', deadline=None, derandomize=True, max_examples=60, database=None)
+hypothesis.settings.register_profile(
+    'tests', deadline=None, derandomize=True, max_examples=60, database=None
+)
 hypothesis.settings.load_profile('tests')
 
-SWIN = dict(type='SwinTransformer', embed_dims=8, depths=(2, 1), num_heads=(2, 4), window_size=4, mlp_ratio=2, strides=(4, 2),
-            out_indices=(0, 1), drop_path_rate=0.1)
-VIT = dict(type='VisionTransformer', img_size=(48, 32), patch_size=16, embed_dims=16, num_layers=3, num_heads=2, mlp_ratio=2,
-           out_indices=(0, 2), final_norm=True, drop_path_rate=0.1)
+SWIN = dict(
+    type='SwinTransformer',
+    embed_dims=8,
+    depths=(2, 1),
+    num_heads=(2, 4),
+    window_size=4,
+    mlp_ratio=2,
+    strides=(4, 2),
+    out_indices=(0, 1),
+    drop_path_rate=0.1,
+)
+VIT = dict(
+    type='VisionTransformer',
+    img_size=(48, 32),
+    patch_size=16,
+    embed_dims=16,
+    num_layers=3,
+    num_heads=2,
+    mlp_ratio=2,
+    out_indices=(0, 2),
+    final_norm=True,
+    drop_path_rate=0.1,
+)
 
 
 # The equations of methods.md.
 
+
 def uniform_codes(x, scale, zero_point, bits):
-    """Codes, in float64, and how far each x/s is from the point where rounding changes it."""
+    """Codes, in float64, and how far each x/s is from the point where rounding changes
+    it.
+    """
     ratio = np.asarray(x, np.float64) / np.asarray(scale, np.float64)
     codes = np.clip(np.rint(ratio) + np.asarray(zero_point), 0, 2**bits - 1)
     return codes.astype(int), np.abs(ratio - np.floor(ratio) - 0.5)
@@ -41,23 +66,32 @@ def uniform_codes(x, scale, zero_point, bits):
 
 def uniform_values(codes, scale, zero_point):
     """s (k - z) with one rounding to float32."""
-    return (np.asarray(codes) - np.asarray(zero_point)).astype(np.float32) * np.asarray(scale, np.float32)
+    return (np.asarray(codes) - np.asarray(zero_point)).astype(np.float32) * np.asarray(
+        scale, np.float32
+    )
 
 
 def oracle_uniform(x, scale, zero_point, bits):
-    return uniform_values(uniform_codes(x, scale, zero_point, bits)[0], scale, zero_point)
+    return uniform_values(
+        uniform_codes(x, scale, zero_point, bits)[0], scale, zero_point
+    )
 
 
 def oracle_range(low, high, bits):
     """Scale and zero point that cover the range and zero."""
-    low, high = np.minimum(low, 0).astype(np.float64), np.maximum(high, 0).astype(np.float64)
+    low, high = (
+        np.minimum(low, 0).astype(np.float64),
+        np.maximum(high, 0).astype(np.float64),
+    )
     scale = (high - low) / (2**bits - 1)
     scale = np.where(scale > 0, scale, 1)
     return scale, np.rint(-low / scale)
 
 
 def adalog_tables(bits, q):
-    """T1[k] = floor(kq/r) and T2[k] G, both with integers only: T2 G is the largest n with n - 1/2 <= G 2^(-((kq) mod r)/r)."""
+    """T1[k] = floor(kq/r) and T2[k] G, both with integers only: T2 G is the largest n
+    with n - 1/2 <= G 2^(-((kq) mod r)/r).
+    """
     largest = 2 * 2**bits - 2
     shifts, mantissas = [], []
     for k in range(2**bits):
@@ -65,7 +99,7 @@ def adalog_tables(bits, q):
         shift = math.floor(exponent)
         power, root = (exponent - shift).numerator, (exponent - shift).denominator
         n = largest
-        while (2 * n - 1)**root * 2**power > (2 * largest)**root:
+        while (2 * n - 1) ** root * 2**power > (2 * largest) ** root:
             n -= 1
         shifts.append(shift)
         mantissas.append(n)
@@ -73,9 +107,14 @@ def adalog_tables(bits, q):
 
 
 def adalog_values(bits, q, scale=1.0, strict=False):
-    """The value of every code and, last, of the one that means zero; rounded once, to float32."""
+    """The value of every code and, last, of the one that means zero; rounded once, to
+    float32.
+    """
     shifts, mantissas, largest = adalog_tables(bits, q)
-    exact = [Fraction(float(np.float32(scale))) * n / (largest * 2**t) for t, n in zip(shifts, mantissas, strict=True)]
+    exact = [
+        Fraction(float(np.float32(scale))) * n / (largest * 2**t)
+        for t, n in zip(shifts, mantissas, strict=True)
+    ]
     if strict:
         exact[-1] = Fraction(0)
     return np.array([*(float(v) for v in exact), 0.0]).astype(np.float32)
@@ -86,7 +125,9 @@ def adalog_codes(x, q, bits, scale=1.0, strict=False):
     ratio = np.clip(np.asarray(x, np.float64) / float(np.float32(scale)), 0, 1)
     with np.errstate(divide='ignore', invalid='ignore'):  # zero is beyond all codes
         k = -np.log2(ratio) * 37 / q
-        return np.minimum(np.rint(k), 2**bits - strict).astype(int), np.nan_to_num(np.abs(k - np.floor(k) - 0.5), nan=0.5)
+        return np.minimum(np.rint(k), 2**bits - strict).astype(int), np.nan_to_num(
+            np.abs(k - np.floor(k) - 0.5), nan=0.5
+        )
 
 
 def oracle_adalog(x, q, bits, **options):
@@ -95,12 +136,22 @@ def oracle_adalog(x, q, bits, **options):
 
 # Quantizers and operations.
 
+
 def uniform(low, high, bits=4, axis=None):
     """A calibrated quantizer for [low, high]; with an axis these are lists."""
     quantizer = UniformQuantizer(bits, axis=axis)
-    low, high = torch.as_tensor(low, dtype=torch.float32), torch.as_tensor(high, dtype=torch.float32)
+    low, high = (
+        torch.as_tensor(low, dtype=torch.float32),
+        torch.as_tensor(high, dtype=torch.float32),
+    )
     params = quantizer.range_params(low, high)
-    quantizer.set(**(params if axis is None else {key: quantizer.ungrouped(value) for key, value in params.items()}))
+    quantizer.set(
+        **(
+            params
+            if axis is None
+            else {key: quantizer.ungrouped(value) for key, value in params.items()}
+        )
+    )
     return quantizer
 
 
@@ -121,18 +172,25 @@ def adalog(bits, q, scale=1.0, **options):
 
 def equip(op, **quantizers):
     """Gives an operation its quantizers, uncalibrated where none is named; returns it."""
-    op.set_quantizers(dict.fromkeys(op.roles, 'linear'), {role: quantizers.get(role) or UniformQuantizer(4) for role in op.roles})
+    op.set_quantizers(
+        dict.fromkeys(op.roles, 'linear'),
+        {role: quantizers.get(role) or UniformQuantizer(4) for role in op.roles},
+    )
     return op
 
 
 def rescaled(layer, cls=None, seed=0):
-    """A QuantLinear of a linear layer with a random rescale of a class; quantizers to be set."""
+    """A QuantLinear of a linear layer with a random rescale of a class; quantizers to
+    be set.
+    """
     op = QuantLinear.from_float(layer)
     generator = torch.Generator().manual_seed(seed)
     if cls is Rescale:
         op.rescale = Rescale()
-        op.rescale.set(scale=torch.exp(torch.randn(layer.in_features, generator=generator)),
-                       shift=torch.randn(layer.in_features, generator=generator))
+        op.rescale.set(
+            scale=torch.exp(torch.randn(layer.in_features, generator=generator)),
+            shift=torch.randn(layer.in_features, generator=generator),
+        )
     elif cls is GeluShift:
         op.rescale = GeluShift()
         op.rescale.set(shift=torch.tensor(0.16997124254703522))
@@ -144,16 +202,28 @@ def oracle_of(quantizer, x):
     params = {key: value.numpy() for key, value in quantizer.params.items()}
     if isinstance(quantizer, UniformQuantizer):
         return oracle_uniform(x, params['scale'], params['zero_point'], quantizer.bits)
-    return oracle_adalog(x, float(params['q']), quantizer.bits, scale=float(params['scale']), strict=quantizer.strict)
+    return oracle_adalog(
+        x,
+        float(params['q']),
+        quantizer.bits,
+        scale=float(params['scale']),
+        strict=quantizer.strict,
+    )
 
 
 def sampled(op, activations, rows, seed=0):
     """A sample of an operation's activations."""
-    return op.take(activations, op.places(activations, rows, torch.Generator().manual_seed(seed)))
+    return op.take(
+        activations, op.places(activations, rows, torch.Generator().manual_seed(seed))
+    )
 
 
 def quantizers_of(module):
-    return {name: child for name, child in module.named_modules() if isinstance(child, Quantizer)}
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, Quantizer)
+    }
 
 
 # Backbones.
@@ -165,7 +235,12 @@ FAST = dict(steps=2, width=4, candidates=16, rank=8, rounds=1, rows=64)
 def plan(**options):
     """How finely AdaLog searches with some options."""
     method = AdaLog(**options)
-    return FPCS(**{field.name: getattr(method, field.name) for field in dataclasses.fields(FPCS)})
+    return FPCS(
+        **{
+            field.name: getattr(method, field.name)
+            for field in dataclasses.fields(FPCS)
+        }
+    )
 
 
 def fast(name='adalog_w4a4'):
@@ -176,14 +251,23 @@ def fast(name='adalog_w4a4'):
 
 
 def mixed(raw):
-    """A recipe with other bits in single layers, weights of 8 and of 4, inputs of 8, and with layers and products in float."""
-    layers = {'*.0.*': dict(bits=dict(weight=8)), '*.ffn.*': dict(bits=dict(activation=8)),
-              '*.ffn.layers.0.0': dict(bits=dict(weight=4)), '*.1.*.qk': dict(float=True), 'patch_embed.*': dict(float=True)}
+    """A recipe with other bits in single layers, weights of 8 and of 4, inputs of 8,
+    and with layers and products in float.
+    """
+    layers = {
+        '*.0.*': dict(bits=dict(weight=8)),
+        '*.ffn.*': dict(bits=dict(activation=8)),
+        '*.ffn.layers.0.0': dict(bits=dict(weight=4)),
+        '*.1.*.qk': dict(float=True),
+        'patch_embed.*': dict(float=True),
+    }
     return {**raw, 'layers': layers}
 
 
 def randomized(module, seed=0):
-    """The module with noise on all parameters, so that biases, norms and position tables matter; in evaluation mode."""
+    """The module with noise on all parameters, so that biases, norms and position
+    tables matter; in evaluation mode.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -193,7 +277,9 @@ def randomized(module, seed=0):
 
 
 def image(height, width, seed=0, batch=1):
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        batch, 3, height, width, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def recipe(name='adalog_w4a4', **sites):
@@ -205,16 +291,37 @@ def recipe(name='adalog_w4a4', **sites):
 
 def about(recipe, scope='backbone', **changes):
     """What a file of a model quantized by a recipe says of itself."""
-    calibration = dict(dataset='CocoDataset', split='train', images=1, seed=0, shuffle=True, leak=False, seconds=1.5,
-                       peak_memory_mib=3.0)
-    return dict(version=__version__, method=recipe['method']['type'], recipe=recipe, bits=recipe['bits'], scope=scope,
-                calibration=calibration, float=None, size=dict(float_mib=1.0, quantized_mib=0.5), layers=[], **changes)
+    calibration = dict(
+        dataset='CocoDataset',
+        split='train',
+        images=1,
+        seed=0,
+        shuffle=True,
+        leak=False,
+        seconds=1.5,
+        peak_memory_mib=3.0,
+    )
+    return dict(
+        version=__version__,
+        method=recipe['method']['type'],
+        recipe=recipe,
+        bits=recipe['bits'],
+        scope=scope,
+        calibration=calibration,
+        float=None,
+        size=dict(float_mib=1.0, quantized_mib=0.5),
+        layers=[],
+        **changes,
+    )
 
 
 def build_in(scope, cfg):
-    """Builds a config as a Runner does, with a default scope and no import by the config."""
+    """Builds a config as a Runner does, with a default scope and no import by the
+    config.
+    """
     import mmseg.models  # noqa: F401
     from mmengine.registry import MODELS, init_default_scope
+
     init_default_scope(scope)
     return MODELS.build(cfg)
 
@@ -240,7 +347,12 @@ def backbone(family):
 
 def quantizable(scope, cfg, name='adalog_w4a4'):
     torch.manual_seed(0)
-    return randomized(build_in(scope, dict(type='mmptq.QuantBackbone', backbone=cfg, recipe=load_recipe(name))))
+    return randomized(
+        build_in(
+            scope,
+            dict(type='mmptq.QuantBackbone', backbone=cfg, recipe=load_recipe(name)),
+        )
+    )
 
 
 class TwoProducts(nn.Module):
@@ -251,7 +363,9 @@ class TwoProducts(nn.Module):
         self.qkv = nn.Linear(8, 24)
 
     def split(self, x):
-        return self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)  # (3, batch, heads, length, 4)
+        return (
+            self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        )  # (3, batch, heads, length, 4)
 
     def forward(self, x):
         q, k, v = self.split(x)
@@ -259,6 +373,7 @@ class TwoProducts(nn.Module):
 
 
 # Stages.
+
 
 def outputs_of(method, block):
     """Calibrates a block by a method or stages; the outputs of the float block."""

@@ -1,7 +1,8 @@
-"""Files as a stranger might send them: a quantized checkpoint in which something was changed.
+"""Files as a stranger might send them: a quantized checkpoint in which something was
+changed.
 
-Each entry makes one file. What ends in a refusal is in REFUSED, HARMLESS is read all the same; nothing
-of either may run: what would run leaves a mark.
+Each entry makes one file. What ends in a refusal is in REFUSED, HARMLESS is read all
+the same; nothing of either may run: what would run leaves a mark.
 """
 
 import io
@@ -81,7 +82,9 @@ def _pickled(operations):
 
     def make(whole, _):
         pickled = b'\x80\x02}X\x0a\x00\x00\x00state_dict}' + operations + b's' + b's.'
-        return _zip(lambda archive, entries: entries.update({_data(entries): pickled}))(whole, _)
+        return _zip(lambda archive, entries: entries.update({_data(entries): pickled}))(
+            whole, _
+        )
 
     return make
 
@@ -117,11 +120,15 @@ def _shared(count):
 
 def _views(content):
     storage = torch.zeros(2**16)
-    return saved({**content, 'state_dict': {f'x{number}': storage[:] for number in range(300)}})
+    return saved(
+        {**content, 'state_dict': {f'x{number}': storage[:] for number in range(300)}}
+    )
 
 
 def _zip(change):
-    """The archive of a checkpoint, its entries changed: a function of their names and contents."""
+    """The archive of a checkpoint, its entries changed: a function of their names and
+    contents.
+    """
 
     def make(whole, _):
         file, entries = io.BytesIO(), {}
@@ -144,7 +151,11 @@ def _bomb(archive, entries):
 
 def _inflated(archive, entries):
     for name in [name for name in entries if '/data/' in name]:
-        archive.writestr(zipfile.ZipInfo(name), bytes(40 * len(entries.pop(name))), zipfile.ZIP_DEFLATED)
+        archive.writestr(
+            zipfile.ZipInfo(name),
+            bytes(40 * len(entries.pop(name))),
+            zipfile.ZIP_DEFLATED,
+        )
 
 
 def _second_pickle(archive, entries):
@@ -152,8 +163,12 @@ def _second_pickle(archive, entries):
 
 
 def _claims(storage, shape, stride):
-    """A tensor that claims more values than its storage holds, as its pickle would say it."""
-    return Calls(torch._utils._rebuild_tensor_v2, storage, 0, shape, stride, False, OrderedDict())
+    """A tensor that claims more values than its storage holds, as its pickle would say
+    it.
+    """
+    return Calls(
+        torch._utils._rebuild_tensor_v2, storage, 0, shape, stride, False, OrderedDict()
+    )
 
 
 def _endless():
@@ -201,9 +216,12 @@ def both(*changes):
     return lambda state, made: [change(state, made) for change in changes]
 
 
-# What goes into .pth alone: the bytes from the content, or from the bytes of the honest file.
+# What goes into .pth alone: the bytes from the content, or from the bytes of the honest
+# file.
 BYTES = {
-    'a call beside the weights': lambda _, c: saved({**c, 'extra': Calls(os.system, COMMAND)}),
+    'a call beside the weights': lambda _, c: saved(
+        {**c, 'extra': Calls(os.system, COMMAND)}
+    ),
     'a call as what it says of itself': lambda _, c: saved(
         {**c, 'meta': {'mmptq': Calls(os.system, COMMAND)}}
     ),
@@ -211,8 +229,12 @@ BYTES = {
         {**c, 'state_dict': {**c['state_dict'], 'x': Calls(os.system, COMMAND)}}
     ),
     'a call as the whole': lambda _, c: saved(Calls(os.system, COMMAND)),
-    'eval': lambda _, c: saved({**c, 'extra': Calls(eval, f'__import__("os").system("{COMMAND}")')}),
-    'exec': lambda _, c: saved({**c, 'extra': Calls(exec, f'import os; os.system("{COMMAND}")')}),
+    'eval': lambda _, c: saved(
+        {**c, 'extra': Calls(eval, f'__import__("os").system("{COMMAND}")')}
+    ),
+    'exec': lambda _, c: saved(
+        {**c, 'extra': Calls(exec, f'import os; os.system("{COMMAND}")')}
+    ),
     'torch.load': lambda _, c: saved({**c, 'extra': Calls(torch.load, 'other.pth')}),
     'a file of old torch with a call': lambda _, c: _legacy(Calls(os.system, COMMAND)),
     'a file of the oldest torch': lambda _, c: _tar(Calls(os.system, COMMAND)),
@@ -229,7 +251,9 @@ BYTES = {
     'a second pickle': _zip(_second_pickle),
     'no dict': lambda _, c: saved([1, 2]),
     'no weights': lambda _, c: saved({**c, 'state_dict': [1]}),
-    'a weight without values': lambda _, c: _with(c, torch.zeros(1).expand(20000, 20000)),
+    'a weight without values': lambda _, c: _with(
+        c, torch.zeros(1).expand(20000, 20000)
+    ),
     'a weight beyond its values': lambda _, c: _with(
         c, _claims(torch.zeros(1)._typed_storage(), (20000, 20000), (20000, 1))
     ),
@@ -241,32 +265,59 @@ BYTES = {
     'a weight that is a text': lambda _, c: _with(c, 'text'),
     'a name that clears the screen': lambda _, c: _with(c, torch.zeros(1), ESCAPE),
     'a name that is a number': lambda _, c: _with(c, torch.zeros(1), 7),
-    'what it says holds itself': lambda _, c: saved({**c, 'meta': {'mmptq': _endless()}}),
+    'what it says holds itself': lambda _, c: saved(
+        {**c, 'meta': {'mmptq': _endless()}}
+    ),
     'what it says is endless': lambda _, c: saved({**c, 'meta': {'mmptq': _laughs()}}),
     'what it says is a list': lambda _, c: saved({**c, 'meta': {'mmptq': [1]}}),
     'what it says is nothing': lambda _, c: saved({**c, 'meta': {}}),
     'a key of many tuples': _pickled(b')' + b'\x85' * 300_000 + b'K\x01'),
-    'a key of shared tuples': _pickled(b')q\x00' + b'h\x00h\x00\x86q\x00' * 60 + b'K\x01'),
-    'a storage that is called': _pickled(b'ctorch.storage\nUntypedStorage\n(J\x00\xa3\xe1\x11tRK\x01'),
+    'a key of shared tuples': _pickled(
+        b')q\x00' + b'h\x00h\x00\x86q\x00' * 60 + b'K\x01'
+    ),
+    'a storage that is called': _pickled(
+        b'ctorch.storage\nUntypedStorage\n(J\x00\xa3\xe1\x11tRK\x01'
+    ),
     'a set of tuples': lambda _, c: saved({**c, 'extra': {(1, 2), (3, 4)}}),
-    'an archive of old torch in disguise': lambda _, c: _polyglot(Calls(os.system, COMMAND)),
-    'a program of TorchScript': _zip(lambda archive, entries: entries.update({_data(entries).replace('data.pkl', 'constants.pkl'): b''})),
-    'a long text many times': lambda _, c: saved(_said(c, ('recipe', 'name'), ['a' * 9000] * 9000)),
-    'a layer many times': lambda _, c: saved(_said(c, ('layers',), [c['meta']['mmptq']['layers'][0]] * 40_000)),
-    'a class as type': lambda _, c: saved(_said(c, ('recipe', 'method', 'type'), OrderedDict)),
+    'an archive of old torch in disguise': lambda _, c: _polyglot(
+        Calls(os.system, COMMAND)
+    ),
+    'a program of TorchScript': _zip(
+        lambda archive, entries: entries.update(
+            {_data(entries).replace('data.pkl', 'constants.pkl'): b''}
+        )
+    ),
+    'a long text many times': lambda _, c: saved(
+        _said(c, ('recipe', 'name'), ['a' * 9000] * 9000)
+    ),
+    'a layer many times': lambda _, c: saved(
+        _said(c, ('layers',), [c['meta']['mmptq']['layers'][0]] * 40_000)
+    ),
+    'a class as type': lambda _, c: saved(
+        _said(c, ('recipe', 'method', 'type'), OrderedDict)
+    ),
     'a function as type': lambda _, c: saved(
-        _said(c, ('recipe', 'quantizers', 'query', 'type'), torch._utils._rebuild_tensor_v2)
+        _said(
+            c,
+            ('recipe', 'quantizers', 'query', 'type'),
+            torch._utils._rebuild_tensor_v2,
+        )
     ),
 }
 
-# What both kinds of files can hold: changes of the tensors and of what the file says of itself.
+# What both kinds of files can hold: changes of the tensors and of what the file says of
+# itself.
 CONTENT = {
-    'a command as method': says(('recipe', 'method'), dict(type='os.system', command=COMMAND)),
+    'a command as method': says(
+        ('recipe', 'method'), dict(type='os.system', command=COMMAND)
+    ),
     'exec as method': both(
-        says(('recipe', 'method'), dict(type='builtins.exec')), says(('method',), 'builtins.exec')
+        says(('recipe', 'method'), dict(type='builtins.exec')),
+        says(('method',), 'builtins.exec'),
     ),
     'a command as quantizer': says(
-        ('recipe', 'quantizers', 'query'), dict(type='subprocess.check_output', args=COMMAND)
+        ('recipe', 'quantizers', 'query'),
+        dict(type='subprocess.check_output', args=COMMAND),
     ),
     'a program as recipe': says(('recipe',), 'evil.py'),
     'a pattern of stars': says(('recipe', 'layers'), {'*a' * 50: dict(float=True)}),
@@ -276,7 +327,9 @@ CONTENT = {
     'a program as method': says(('recipe', 'method', 'type'), 'evil'),
     'a type without name': says(('recipe', 'method', 'type'), ''),
     'a type of a dot': says(('recipe', 'quantizers', 'key', 'type'), '.a'),
-    'a type that is a list': says(('recipe', 'quantizers', 'key', 'type'), ['UniformQuantizer']),
+    'a type that is a list': says(
+        ('recipe', 'quantizers', 'key', 'type'), ['UniformQuantizer']
+    ),
     'a type of another registry': says(('recipe', 'method', 'type'), 'mmdet.MaskRCNN'),
     'a hidden option': says(('recipe', 'method', '__init__'), 1),
     'a recipe named to clear the screen': says(('recipe', 'name'), ESCAPE),
@@ -298,32 +351,56 @@ CONTENT = {
     'a layer without reason': lacks(('layers', 0, 'reason')),
     'a layer whose bits are text': says(('layers', 0, 'bits'), 'four'),
     'a reason that is a number': says(('layers', 0, 'reason'), 3),
-    'a metric that is a text': says(('float',), dict(metrics=dict(mIoU='good'), seconds=1.0)),
-    'a metric that clears the screen': says(('float',), dict(metrics={ESCAPE: 1.0}, seconds=1.0)),
+    'a metric that is a text': says(
+        ('float',), dict(metrics=dict(mIoU='good'), seconds=1.0)
+    ),
+    'a metric that clears the screen': says(
+        ('float',), dict(metrics={ESCAPE: 1.0}, seconds=1.0)
+    ),
     'a size as text': says(('size', 'float_mib'), 'small'),
     'a surplus key': says(('colour',), 'red'),
     'a scale below zero': holds(f'{QKV}.input_quantizer.scale', torch.neg),
     'a scale that is zero': holds(f'{QKV}.weight_quantizer.scale', torch.zeros_like),
-    'a scale that is not a number': holds(f'{QKV}.input_quantizer.scale', lambda x: x * torch.nan),
-    'a scale of whole numbers': holds(f'{QKV}.input_quantizer.scale', lambda x: x.ceil().int()),
-    'a scale with too many axes': holds(f'{QKV}.input_quantizer.scale', lambda x: x[None]),
-    'fewer scales than channels': holds(f'{QKV}.weight_quantizer.scale', lambda x: x[:1]),
-    'more scales than heads': holds(f'{QK}.left_quantizer.scale', lambda x: torch.cat([x, x])),
-    'a zero point that is no code': holds(f'{QKV}.input_quantizer.zero_point', lambda x: x + 16),
-    'a zero point below zero': holds(f'{QKV}.input_quantizer.zero_point', lambda x: x - 99),
-    'a zero point with a fraction': holds(f'{QKV}.input_quantizer.zero_point', lambda x: x + 0.5),
+    'a scale that is not a number': holds(
+        f'{QKV}.input_quantizer.scale', lambda x: x * torch.nan
+    ),
+    'a scale of whole numbers': holds(
+        f'{QKV}.input_quantizer.scale', lambda x: x.ceil().int()
+    ),
+    'a scale with too many axes': holds(
+        f'{QKV}.input_quantizer.scale', lambda x: x[None]
+    ),
+    'fewer scales than channels': holds(
+        f'{QKV}.weight_quantizer.scale', lambda x: x[:1]
+    ),
+    'more scales than heads': holds(
+        f'{QK}.left_quantizer.scale', lambda x: torch.cat([x, x])
+    ),
+    'a zero point that is no code': holds(
+        f'{QKV}.input_quantizer.zero_point', lambda x: x + 16
+    ),
+    'a zero point below zero': holds(
+        f'{QKV}.input_quantizer.zero_point', lambda x: x - 99
+    ),
+    'a zero point with a fraction': holds(
+        f'{QKV}.input_quantizer.zero_point', lambda x: x + 0.5
+    ),
     'a base of zero': holds(f'{FC2}.input_quantizer.q', torch.zeros_like),
     'a huge base': holds(f'{FC2}.input_quantizer.q', lambda x: x * 1e9),
     'a base that is none': holds(f'{PV}.left_quantizer.q', lambda x: x * torch.inf),
     'a rescale below zero': holds(f'{QKV}.rescale.scale', torch.neg),
     'a scale for all heads': holds(f'{LAST}.qk.left_quantizer.scale', lambda x: x[:1]),
     'a rescale of another length': holds(f'{QKV}.rescale.shift', lambda x: x[:-1]),
-    'a shift of GELU for each channel': holds(f'{FC2}.rescale.shift', lambda x: x.expand(3).clone()),
+    'a shift of GELU for each channel': holds(
+        f'{FC2}.rescale.shift', lambda x: x.expand(3).clone()
+    ),
     'no zero point': lambda state, made: state.pop(f'{QK}.left_quantizer.zero_point'),
     'a weight that is not a number': holds(NORM, lambda x: x * torch.nan),
     'a weight of another shape': holds(NORM, lambda x: x[:-1]),
     'a place outside of the table': holds(INDEX, lambda x: x + 10**6),
-    'a weight beyond float32': holds(NORM, lambda x: torch.full_like(x, 1e300, dtype=torch.float64)),
+    'a weight beyond float32': holds(
+        NORM, lambda x: torch.full_like(x, 1e300, dtype=torch.float64)
+    ),
     'a weight of truth values': holds(NORM, torch.Tensor.bool),
     'a weight with an imaginary part': holds(NORM, lambda x: x.to(torch.complex64)),
     'a weight of eight bits': holds(NORM, lambda x: x.to(torch.float8_e4m3fn)),
@@ -342,13 +419,31 @@ HARMLESS = {
         {**c, 'meta': {**c['meta'], 'dataset_meta': {'classes': _objects()}}}
     ),
     'a program as config': lambda _, c: saved(
-        {**c, 'meta': {**c['meta'], 'config': f'import os; os.system("{COMMAND}")', 'epoch': 0, 'iter': 0}}
+        {
+            **c,
+            'meta': {
+                **c['meta'],
+                'config': f'import os; os.system("{COMMAND}")',
+                'epoch': 0,
+                'iter': 0,
+            },
+        }
     ),
-    'a config of mmengine beside the weights': lambda _, c: saved({**c, 'extra': _config_dict()}),
+    'a config of mmengine beside the weights': lambda _, c: saved(
+        {**c, 'extra': _config_dict()}
+    ),
     'classes that are a tree without end': lambda _, c: saved(
-        {**c, 'meta': {**c['meta'], 'dataset_meta': {f'k{n}': _shared(19) for n in range(50)}}}
+        {
+            **c,
+            'meta': {
+                **c['meta'],
+                'dataset_meta': {f'k{n}': _shared(19) for n in range(50)},
+            },
+        }
     ),
-    'classes that are a number': lambda _, c: saved({**c, 'meta': {**c['meta'], 'CLASSES': 7}}),
+    'classes that are a number': lambda _, c: saved(
+        {**c, 'meta': {**c['meta'], 'CLASSES': 7}}
+    ),
     'a dict that hides its items': lambda _, c: saved(
         {**c, 'extra': Builds(OrderedDict, (), {'items': 5, 'get': OrderedDict})}
     ),
@@ -357,19 +452,37 @@ HARMLESS = {
 
 # What a packed file says of its model.
 MODELS = {
-    'a command as head': lambda m: m['decode_head'].update(type='os.system', command=COMMAND),
-    'a command as model': lambda m: m.update(type='subprocess.check_output', args=['touch', MARK]),
-    'a loss that loads a file': lambda m: m['decode_head']['loss_decode'].update(class_weight='evil.pkl'),
-    'a loss that unpickles a file': lambda m: m['decode_head']['loss_decode'].update(class_weight='pkl'),
-    'a padding that is a module': lambda m: m.update(
-        neck=dict(type='ConvModule', in_channels=8, out_channels=8, kernel_size=1, padding_mode='evil')
+    'a command as head': (
+        lambda m: m['decode_head'].update(type='os.system', command=COMMAND)
     ),
-    'a convolution that is a module': lambda m: m['decode_head'].update(conv_cfg=dict(type='Conv2d', layout='evil')),
+    'a command as model': lambda m: m.update(
+        type='subprocess.check_output', args=['touch', MARK]
+    ),
+    'a loss that loads a file': (
+        lambda m: m['decode_head']['loss_decode'].update(class_weight='evil.pkl')
+    ),
+    'a loss that unpickles a file': (
+        lambda m: m['decode_head']['loss_decode'].update(class_weight='pkl')
+    ),
+    'a padding that is a module': lambda m: m.update(
+        neck=dict(
+            type='ConvModule',
+            in_channels=8,
+            out_channels=8,
+            kernel_size=1,
+            padding_mode='evil',
+        )
+    ),
+    'a convolution that is a module': (
+        lambda m: m['decode_head'].update(conv_cfg=dict(type='Conv2d', layout='evil'))
+    ),
     'windows that take the memory': lambda m: m['backbone'].update(window_size=300),
     'a layer many times': lambda m: m['decode_head'].update(num_convs=50_000),
     'a module as norm': lambda m: m['decode_head'].update(norm_cfg=dict(type='evil')),
     'a program as recipe of a nested backbone': lambda m: m.update(
-        backbone=dict(type='mmptq.QuantBackbone', backbone=m['backbone'], recipe='evil.py')
+        backbone=dict(
+            type='mmptq.QuantBackbone', backbone=m['backbone'], recipe='evil.py'
+        )
     ),
     'a teacher': lambda m: m.update(
         type='mmdet.KnowledgeDistillationSingleStageDetector', teacher_ckpt='evil.pth'
@@ -378,11 +491,15 @@ MODELS = {
     'an address': lambda m: m['backbone'].update(style='http://127.0.0.1:9/evil.pth'),
     'a checkpoint of timm': lambda m: m.update(
         backbone=dict(
-            type='mmptq.TimmBackbone', model_name='vit_tiny_patch16_224', checkpoint_path='evil.pth'
+            type='mmptq.TimmBackbone',
+            model_name='vit_tiny_patch16_224',
+            checkpoint_path='evil.pth',
         )
     ),
     'a hub of timm': lambda m: m.update(
-        backbone=dict(type='mmptq.TimmBackbone', model_name='hf-hub:evil/evil', out_indices=[0])
+        backbone=dict(
+            type='mmptq.TimmBackbone', model_name='hf-hub:evil/evil', out_indices=[0]
+        )
     ),
     'a huge backbone': lambda m: m['backbone'].update(embed_dims=96 * 2000),
     'an endless backbone': lambda m: m['backbone'].update(depths=[2, 2, 10**6, 2]),
@@ -398,7 +515,11 @@ MODELS = {
 def _objects():
     import numpy as np
 
-    return np.array([Calls(os.system, COMMAND)], dtype=object) if False else np.array([1.5, 2.5])
+    return (
+        np.array([Calls(os.system, COMMAND)], dtype=object)
+        if False
+        else np.array([1.5, 2.5])
+    )
 
 
 def _config_dict():

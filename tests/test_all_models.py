@@ -1,8 +1,11 @@
-"""Every Swin and ViT of mmdet and mmsegmentation, in the models of their configs and ours: converted, calibrated, saved, loaded.
+"""Every Swin and ViT of mmdet and mmsegmentation, in the models of their configs and
+ours: converted, calibrated, saved, loaded.
 
-Weights are random and images are of 64 x 64 pixels. Widths are the configs' own, and depths are up to Swin-S and ViT-S; larger ones have
-fewer layers (``SHALLOW``). BEiT and MAE take images of one size only, so theirs is set (``SMALL``).
+Weights are random and images are of 64 x 64 pixels. Widths are the configs' own, and
+depths are up to Swin-S and ViT-S; larger ones have fewer layers (``SHALLOW``). BEiT and
+MAE take images of one size only, so theirs is set (``SMALL``).
 """
+
 import io
 import logging
 import re
@@ -85,12 +88,24 @@ SEGMENTORS = [
     'mmseg::mask2former/mask2former_swin-l-in22k-384x384-pre_8xb2-160k_ade20k-640x640.py',
 ]
 WHOLE = {
-    'configs/mmdet/cascade-mask-rcnn_swin-t.py': {'ConvTranspose2d has no quantized form': 3},
-    'mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py': {'MultiheadAttention has no quantized form': 18},
-    'mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py': {'MultiheadAttention has no quantized form': 6},
-    'mmseg::vit/vit_deit-s16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py': {'runs in training only': 2},
-    'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py': {'MultiheadAttention has no quantized form': 2},
-    'mmseg::setr/setr_vit-l_mla_8xb2-160k_ade20k-512x512.py': {'runs in training only': 4},
+    'configs/mmdet/cascade-mask-rcnn_swin-t.py': {
+        'ConvTranspose2d has no quantized form': 3
+    },
+    'mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py': {
+        'MultiheadAttention has no quantized form': 18
+    },
+    'mmdet::dino/dino-5scale_swin-l_8xb2-12e_coco.py': {
+        'MultiheadAttention has no quantized form': 6
+    },
+    'mmseg::vit/vit_deit-s16-ln_mln_upernet_8xb2-160k_ade20k-512x512.py': {
+        'runs in training only': 2
+    },
+    'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py': {
+        'MultiheadAttention has no quantized form': 2
+    },
+    'mmseg::setr/setr_vit-l_mla_8xb2-160k_ade20k-512x512.py': {
+        'runs in training only': 4
+    },
 }
 """Models whose necks and heads are quantized as well, and what is not."""
 
@@ -101,7 +116,11 @@ def config_of(name):
     cfg.model.pop('pretrained', None)
     for part in (cfg.model, cfg.model.backbone):
         part.init_cfg = None
-    for table, target in ((SHALLOW, cfg.model.backbone), (SMALL, cfg.model.backbone), (FEW, cfg.model)):
+    for table, target in (
+        (SHALLOW, cfg.model.backbone),
+        (SMALL, cfg.model.backbone),
+        (FEW, cfg.model),
+    ):
         for part, changes in table.items():
             if re.search(part, name):
                 target.update(changes)
@@ -122,14 +141,27 @@ class Images:
             from mmdet.structures import DetDataSample as DataSample
         else:
             from mmseg.structures import SegDataSample as DataSample
-        size = dict.fromkeys(('ori_shape', 'img_shape', 'pad_shape', 'batch_input_shape'), (SIZE, SIZE))
-        sample = DataSample(metainfo=dict(img_id=index, img_path=f'{index}.jpg', scale_factor=(1.0, 1.0), **size))
+        size = dict.fromkeys(
+            ('ori_shape', 'img_shape', 'pad_shape', 'batch_input_shape'), (SIZE, SIZE)
+        )
+        sample = DataSample(
+            metainfo=dict(
+                img_id=index, img_path=f'{index}.jpg', scale_factor=(1.0, 1.0), **size
+            )
+        )
         generator = torch.Generator().manual_seed(index)
-        return dict(inputs=torch.randint(256, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator), data_samples=sample)
+        return dict(
+            inputs=torch.randint(
+                256, (3, SIZE, SIZE), dtype=torch.uint8, generator=generator
+            ),
+            data_samples=sample,
+        )
 
 
 def filled(module):
-    """The module with other weights than its own, seeded: some of its own are whatever was in memory."""
+    """The module with other weights than its own, seeded: some of its own are whatever
+    was in memory.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -148,13 +180,17 @@ def outputs(backbone, x):
 def calibrated(model, package, folder):
     """Calibrates on two images and returns them."""
     images = CalibrationSet(Images(package), [0, 1], ['0.jpg', '1.jpg'], False)
-    calibrate_model(model, images, 0, logging.getLogger('mmptq.tests'), folder / 'progress.pth')
+    calibrate_model(
+        model, images, 0, logging.getLogger('mmptq.tests'), folder / 'progress.pth'
+    )
     assert is_calibrated(model)
     return list(images.batches())
 
 
 class FloatProducts(TorchDispatchMode):
-    """Notes the products that are computed outside of quantized operations, and the operations that run."""
+    """Notes the products that are computed outside of quantized operations, and the
+    operations that run.
+    """
 
     def __init__(self):
         super().__init__()
@@ -170,14 +206,23 @@ class FloatProducts(TorchDispatchMode):
             self.running -= 1
 
         ops = operations(module).values()
-        handles = [handle for op in ops for handle in (op.register_forward_pre_hook(enter), op.register_forward_hook(leave))]
+        handles = [
+            handle
+            for op in ops
+            for handle in (
+                op.register_forward_pre_hook(enter),
+                op.register_forward_hook(leave),
+            )
+        ]
         with self:
             yield
         for handle in handles:
             handle.remove()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not self.running and re.search(r'^(add|b|baddb)?mm\b|^(add)?mv\b|^linear\b|convolution|dot', func.__name__):
+        if not self.running and re.search(
+            r'^(add|b|baddb)?mm\b|^(add)?mv\b|^linear\b|convolution|dot', func.__name__
+        ):
             self.found.append(func.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -194,8 +239,16 @@ def quantized_whole(module, x):
 def unaccounted(module, skipped):
     """Layers that are neither quantized nor listed."""
     listed = tuple(f'{name}.' for name in skipped)
-    return [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd | nn.MultiheadAttention)
-            and not isinstance(layer, QuantOp) and name not in skipped and not name.startswith(listed)]
+    return [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(
+            layer, nn.Linear | nn.modules.conv._ConvNd | nn.MultiheadAttention
+        )
+        and not isinstance(layer, QuantOp)
+        and name not in skipped
+        and not name.startswith(listed)
+    ]
 
 
 @pytest.mark.parametrize('name', DETECTORS + SEGMENTORS)
@@ -222,7 +275,9 @@ def test_backbone_of(name, tmp_path):
 
     batches = calibrated(model, cfg.default_scope, tmp_path)
     result = outputs(model.backbone, x)
-    assert not any(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
+    assert not any(
+        torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True)
+    )
     assert quantized_whole(model.backbone, x)
     assert len(model.test_step(batches[0])) == 1
 
@@ -230,16 +285,24 @@ def test_backbone_of(name, tmp_path):
     torch.save(model.backbone.state_dict(), file)
     file.seek(0)
     load_checked(again, torch.load(file, weights_only=True), 'the file')
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs(again, x), result, strict=True))
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(outputs(again, x), result, strict=True)
+    )
 
 
 @pytest.mark.parametrize('name', WHOLE)
 def test_whole_model_of(name, tmp_path):
     cfg = config_of(name)
-    model = filled(MODELS.build(quantized_config(cfg, load_recipe('minmax_w4a4'), 'model').model))
+    model = filled(
+        MODELS.build(quantized_config(cfg, load_recipe('minmax_w4a4'), 'model').model)
+    )
     skipped = quantization(model).skipped
     assert unaccounted(model, skipped) == []
-    reasons = [reason.sentence(type(model.get_submodule(name)).__name__) for name, reason in skipped.items()]
+    reasons = [
+        reason.sentence(type(model.get_submodule(name)).__name__)
+        for name, reason in skipped.items()
+    ]
     assert {reason: reasons.count(reason) for reason in reasons} == WHOLE[name]
     batches = calibrated(model, cfg.default_scope, tmp_path)
     assert len(model.test_step(batches[1])) == 1

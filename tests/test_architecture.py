@@ -1,4 +1,5 @@
 """Imports run one way, and no OpenMMLab class is imported at the top of a file."""
+
 import ast
 import re
 import sys
@@ -19,8 +20,24 @@ MAY_IMPORT = {
 """Rooms that know of nothing else, and of nothing outside but torch and numpy."""
 
 MAY_NOT_IMPORT = {
-    'backbones': {'engine', 'apis', 'analysis', 'checkpoints', 'runtime', 'export', 'cli'},
-    'wrapping': {'engine', 'apis', 'analysis', 'checkpoints', 'runtime', 'export', 'cli'},
+    'backbones': {
+        'engine',
+        'apis',
+        'analysis',
+        'checkpoints',
+        'runtime',
+        'export',
+        'cli',
+    },
+    'wrapping': {
+        'engine',
+        'apis',
+        'analysis',
+        'checkpoints',
+        'runtime',
+        'export',
+        'cli',
+    },
     'runtime': {'engine', 'apis', 'analysis', 'checkpoints', 'export', 'cli'},
     'checkpoints': {'engine', 'apis', 'export', 'cli'},
     'engine': {'apis', 'cli'},
@@ -38,14 +55,23 @@ def room_of(path):
 
 def checking_only(node):
     """Whether a statement is ``if TYPE_CHECKING``."""
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == 'TYPE_CHECKING'
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == 'TYPE_CHECKING'
+    )
 
 
 def statements(body, inside_functions=True):
-    """All statements that run: not those for type checkers; those in functions only if asked for."""
+    """All statements that run: not those for type checkers; those in functions only if
+    asked for.
+    """
     for node in body:
         yield node
-        if checking_only(node) or (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not inside_functions):
+        if checking_only(node) or (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and not inside_functions
+        ):
             continue
         for field in ('body', 'orelse', 'finalbody', 'handlers', 'cases'):
             yield from statements(getattr(node, field, []), inside_functions)
@@ -58,7 +84,9 @@ def imports(path, inside_functions=True):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = '.'.join(package[:len(package) - node.level + 1]) if node.level else ''
+            base = (
+                '.'.join(package[: len(package) - node.level + 1]) if node.level else ''
+            )
             module = '.'.join(part for part in (base, node.module) if part)
             yield from (f'{module}.{alias.name}' for alias in node.names)
 
@@ -70,7 +98,9 @@ def rooms(path):
 
 
 def names(paths):
-    return pytest.mark.parametrize('path', paths, ids=lambda path: str(path.relative_to(ROOT)))
+    return pytest.mark.parametrize(
+        'path', paths, ids=lambda path: str(path.relative_to(ROOT))
+    )
 
 
 def in_rooms(wanted):
@@ -78,7 +108,14 @@ def in_rooms(wanted):
 
 
 def test_files_are_seen_as_they_are():
-    assert len(FILES) > 20 and {room_of(path) for path in FILES} >= {*MAY_IMPORT, *MAY_NOT_IMPORT, 'errors', 'registry', 'cli', 'apis'}
+    assert len(FILES) > 20 and {room_of(path) for path in FILES} >= {
+        *MAY_IMPORT,
+        *MAY_NOT_IMPORT,
+        'errors',
+        'registry',
+        'cli',
+        'apis',
+    }
     found = set(imports(ROOT / 'mmptq' / 'quantizers' / 'uniform.py'))
     assert found >= {'torch', 'torch.Tensor', 'mmptq.quantizers.base.Quantizer'}
     top = set(imports(ROOT / 'mmptq' / 'apis' / 'export.py', inside_functions=False))
@@ -109,14 +146,33 @@ def test_leaves_import_nothing(path):
 
 @names(FILES)
 def test_classes_of_openmmlab_are_reached_by_name(path):
-    assert not {name.split('.')[0] for name in imports(path, inside_functions=False)} & CLASSES
+    assert (
+        not {name.split('.')[0] for name in imports(path, inside_functions=False)}
+        & CLASSES
+    )
 
 
 @names(FILES)
 def test_no_bare_except(path):
-    assert not [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ExceptHandler) and node.type is None]
+    assert not [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ExceptHandler) and node.type is None
+    ]
 
 
-@names(sorted(path for folder in ('mmptq', 'configs', 'tools', 'demo', 'benchmarks') for path in (ROOT / folder).rglob('*.py')))
+@names(
+    sorted(
+        path
+        for folder in ('mmptq', 'configs', 'tools', 'demo', 'benchmarks')
+        for path in (ROOT / folder).rglob('*.py')
+    )
+)
 def test_no_paths_of_a_machine(path):
-    assert re.findall(r'(?<![\w.])/(?:home|root|work|mnt|media|Users|tmp|data\d*|opt|workspace)\b', path.read_text()) == []
+    assert (
+        re.findall(
+            r'(?<![\w.])/(?:home|root|work|mnt|media|Users|tmp|data\d*|opt|workspace)\b',
+            path.read_text(),
+        )
+        == []
+    )

@@ -1,4 +1,7 @@
-"""Converts a checkpoint of another code base for mmdet 3 and mmsegmentation 1: python tools/convert_checkpoint.py SOURCE TARGET."""
+"""Converts a checkpoint of another code base for mmdet 3 and mmsegmentation 1: python
+tools/convert_checkpoint.py SOURCE TARGET.
+"""
+
 import sys
 
 from mmptq.cli import main

@@ -1,4 +1,7 @@
-"""Writes a quantized backbone as an ONNX file: python tools/export.py CONFIG QUANTIZED --out backbone.onnx --shape 800 1216."""
+"""Writes a quantized backbone as an ONNX file: python tools/export.py CONFIG QUANTIZED
+--out backbone.onnx --shape 800 1216.
+"""
+
 import sys
 
 from mmptq.cli import main

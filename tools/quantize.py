@@ -1,4 +1,7 @@
-"""Quantizes a detector or segmentor of OpenMMLab: python tools/quantize.py CONFIG CHECKPOINT --recipe adalog_w4a4."""
+"""Quantizes a detector or segmentor of OpenMMLab: python tools/quantize.py CONFIG
+CHECKPOINT --recipe adalog_w4a4.
+"""
+
 import sys
 
 from mmptq.cli import main

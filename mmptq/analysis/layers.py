@@ -18,7 +18,8 @@ def layer_rows(
     skipped: Mapping[str, FloatReason],
     sqnr_db: Mapping[str, float | None],
 ) -> list[LayerSummary]:
-    """A row for every linear layer, convolution and attention product of a model, in the model's order.
+    """A row for every linear layer, convolution and attention product of a model, in
+    the model's order.
 
     Args:
         model: The model.
@@ -38,7 +39,9 @@ def layer_rows(
         (quantized | left).items(), key=lambda item: order[item[0]]
     ):
         if isinstance(layer, QuantOp):
-            rows.append(quantized_row(name, layer, sqnr_db.get(name), skipped.get(name)))
+            rows.append(
+                quantized_row(name, layer, sqnr_db.get(name), skipped.get(name))
+            )
         else:
             rows.append(float_row(name, layer, skipped[name]))
     return rows
@@ -50,7 +53,9 @@ def quantized_row(
     sqnr_db: float | None,
     reason: FloatReason | None = None,
 ) -> LayerSummary:
-    """The row of a quantized operation, or of a product that is kept float, with the reason."""
+    """The row of a quantized operation, or of a product that is kept float, with the
+    reason.
+    """
     quantizers = operation.quantizers()
     sites = [site for site in operation.sites.values() if site != 'weight']
     effective = {

@@ -11,7 +11,8 @@ MIB = 2**20
 
 
 def model_size(model: nn.Module) -> Sizes:
-    """Sizes of the weights, MiB: all in float32, and with quantized ones packed at their bits.
+    """Sizes of the weights, MiB: all in float32, and with quantized ones packed at
+    their bits.
 
     A scale (float32) and a zero point (one byte) are counted for each channel.
     """
@@ -26,7 +27,9 @@ def model_size(model: nn.Module) -> Sizes:
 
 
 def bytes_saved(operation: QuantOp) -> float:
-    """How many bytes less than in float32 the packed weight of an operation takes, scales counted."""
+    """How many bytes less than in float32 the packed weight of an operation takes,
+    scales counted.
+    """
     weight = operation.get_parameter('weight')
     quantizer = operation.quantizer('weight')
     channels = 1 if quantizer.axis is None else weight.shape[quantizer.axis]

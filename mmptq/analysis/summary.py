@@ -1,7 +1,10 @@
-"""What a quantized model is and what it cost: the content of ``summary.json`` and of every quantized file.
+"""What a quantized model is and what it cost: the content of ``summary.json`` and of
+every quantized file.
 
-There is one definition, by which both is written and read. Reading is strict, because files come from
-strangers: every key is known, every value is of its type, and every text is one printable line.
+There is one definition, by which both is written and read. Reading is strict, because
+files come from
+strangers: every key is known, every value is of its type, and every text is one
+    printable line.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ from ..backbones.reasons import FloatReason
 from ..errors import printable
 
 SCHEMA = 2
-"""The version of this content that is written. Files without a number are of version 1."""
+"""The version of this content that is written. Files without a number are of version 1.
+"""
 
 
 def one_line(text: str) -> str:
@@ -38,7 +42,9 @@ def one_line(text: str) -> str:
 
 
 def float_reason(value: Any) -> Any:
-    """The reason that a text stands for (:meth:`FloatReason.read`); anything else as it is."""
+    """The reason that a text stands for (:meth:`FloatReason.read`); anything else as it
+    is.
+    """
     return FloatReason.read(value) if type(value) is str else value
 
 
@@ -54,12 +60,16 @@ Reason = Annotated[
 
 
 class Part(BaseModel):
-    """A part of a summary: it cannot be changed, knows all its keys and takes no value of another type."""
+    """A part of a summary: it cannot be changed, knows all its keys and takes no value
+    of another type.
+    """
 
     model_config = ConfigDict(strict=True, extra='forbid', frozen=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data as files have it: what was not said, such as a layer's path, is left out."""
+        """Plain data as files have it: what was not said, such as a layer's path, is
+        left out.
+        """
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
@@ -85,7 +95,9 @@ class CalibrationSummary(Part):
 
 
 class Result(Part):
-    """An evaluation: metrics by their own names, None for one that is not a number, and seconds."""
+    """An evaluation: metrics by their own names, None for one that is not a number, and
+    seconds.
+    """
 
     metrics: dict[Line, Number | None]
     seconds: Amount
@@ -102,8 +114,8 @@ class Sizes(Part):
 class LayerSummary(Part):
     """A quantized operation, or a layer that stays float, with the reason.
 
-    Bits, quantizers and whether these are uniform are given for each operand by its role; ``path`` says
-    what computes the layer in integers.
+    Bits, quantizers and whether these are uniform are given for each operand by its
+    role; ``path`` says what computes the layer in integers.
     """
 
     name: Line
@@ -119,7 +131,9 @@ class LayerSummary(Part):
 
 
 class About(Part):
-    """A quantized model as its files describe it, which are written before it is evaluated."""
+    """A quantized model as its files describe it, which are written before it is
+    evaluated.
+    """
 
     schema_number: int = Field(default=1, ge=1, le=SCHEMA, alias='schema')
     version: Line
@@ -134,7 +148,8 @@ class About(Part):
 
     @classmethod
     def read(cls, content: Any) -> Self:
-        """A description as this version has it, from plain data of this version or an earlier one.
+        """A description as this version has it, from plain data of this version or an
+        earlier one.
 
         Raises:
             ValidationError: If a key is missing, unknown or of another type.
@@ -148,13 +163,17 @@ class About(Part):
 
 
 class Summary(About):
-    """A quantized model and its evaluation, None before that: the content of ``summary.json``."""
+    """A quantized model and its evaluation, None before that: the content of
+    ``summary.json``.
+    """
 
     quantized: Result | None
 
     @classmethod
     def of(cls, about: About) -> Summary:
-        """The summary of a model that is not evaluated yet, from what its file says of it."""
+        """The summary of a model that is not evaluated yet, from what its file says of
+        it.
+        """
         return cls.read({**about.to_dict(), 'quantized': None})
 
     def about(self) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 HEADLINES = ('bbox_mAP', 'segm_mAP', 'mIoU', 'aAcc', 'top1')
-"""Metrics shown in the table, by the end of their name; all where there is none of these."""
+"""Metrics shown in the table, by the end of their name; all where there is none of
+these.
+"""
 
 
 def result_table(
@@ -18,7 +20,8 @@ def result_table(
     """Float and quantized results side by side; the float row is the first summary's.
 
     Args:
-        summaries: What ``summary.json`` holds, of one model at one scope and on one set of images.
+        summaries: What ``summary.json`` holds, of one model at one scope and on one set
+            of images.
         title: What the table's title begins with.
     """
     first = summaries[0]

@@ -1,4 +1,5 @@
 """Packed checkpoints: one made from quantized.pth, and a model from one."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -20,28 +21,40 @@ from ..errors import QuantizationError
 from ..wrapping.configs import float_model, quantized_config
 
 
-def pack(config: str | Config, checkpoint: str, out: str | None = None, cfg_options: Mapping[str, Any] | None = None) -> Path:
+def pack(
+    config: str | Config,
+    checkpoint: str,
+    out: str | None = None,
+    cfg_options: Mapping[str, Any] | None = None,
+) -> Path:
     """Packs a quantized checkpoint.
 
     Args:
         config: The config that it was quantized from, or its ``quantized.py``.
         checkpoint: ``quantized.pth``.
-        out: The file to write, by default the checkpoint's name with the suffix ``.safetensors``.
+        out: The file to write, by default the checkpoint's name with the suffix
+            ``.safetensors``.
         cfg_options: Changes of the config.
 
     Returns:
         The file.
 
     Raises:
-        QuantizationError: If the checkpoint is not quantized or of another model, or cannot be packed.
+        QuantizationError: If the checkpoint is not quantized or of another model, or
+            cannot be packed.
     """
     path = Path(out or Path(checkpoint).with_suffix(SUFFIX))
     loaded = load_file(checkpoint)
     made = how_made(loaded, checkpoint)
     if made is None:
-        raise QuantizationError(f'{checkpoint} is not quantized: there is nothing to pack (mmptq quantize --pack does both)')
+        raise QuantizationError(
+            f'{checkpoint} is not quantized: there is nothing to pack (mmptq quantize'
+            ' --pack does both)'
+        )
     cfg = load_config(config, cfg_options)
-    model = build_quantized(float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint)
+    model = build_quantized(
+        float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint
+    )
     write_packed(model, cfg, made.to_dict(), dataset_meta(loaded), path)
     return path
 
@@ -49,18 +62,20 @@ def pack(config: str | Config, checkpoint: str, out: str | None = None, cfg_opti
 def load_packed(path: str | Path, config: str | Config | None = None) -> nn.Module:
     """The quantized model of a packed checkpoint, in evaluation mode.
 
-    Nothing that is in the file runs. Without a config, the model is built from what the file says of
-    it: only of classes of mmdet, mmsegmentation, mmpretrain and timm that read no files themselves
+    Nothing that is in the file runs. Without a config, the model is built from what the
+    file says of
+    it: only of classes of mmdet, mmsegmentation, mmpretrain and timm that read no files
+        themselves
     (:mod:`mmptq.checkpoints.trusted`).
 
     Args:
         path: The file.
-        config: A config of the float model, in place of what the file says of it; what this names is
-            run as any config is.
+        config: A config of the float model, in place of what the file says of it; what
+            this names is run as any config is.
 
     Raises:
-        QuantizationError: If the file is damaged, of another kind, version or model, or its model
-            cannot be built.
+        QuantizationError: If the file is damaged, of another kind, version or model, or
+            its model cannot be built.
     """
     source = str(path)
     loaded = read_packed(path)
@@ -94,16 +109,22 @@ def build_quantized(
     loaded: Mapping[str, Any],
     source: str,
 ) -> nn.Module:
-    """The quantizable model of a float model's config, with a checkpoint, in evaluation mode."""
+    """The quantizable model of a float model's config, with a checkpoint, in evaluation
+    mode.
+    """
     init_default_scope(default_scope)
     cfg = quantized_config(Config(dict(model=model)), made.recipe, made.scope)
     try:
         built: nn.Module = MODELS.build(cfg.model)
     except QuantizationError as error:
-        raise QuantizationError(f'the model of {source} cannot be built: {error}') from error
+        raise QuantizationError(
+            f'the model of {source} cannot be built: {error}'
+        ) from error
     except Exception as error:  # what a config names may raise anything
         reason = f'{type(error).__name__}: {error}'
-        raise QuantizationError(f'the model of {source} cannot be built: {reason}') from error
+        raise QuantizationError(
+            f'the model of {source} cannot be built: {reason}'
+        ) from error
     load_verified(built, loaded, source)
     built.eval()
     return built

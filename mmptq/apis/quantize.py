@@ -37,19 +37,21 @@ def quantize(
     """Quantizes a detector or segmentor after training, and says what that costs.
 
     Args:
-        config: A config of mmdet or mmsegmentation, as a file name, ``package::name`` or object.
-        checkpoint: Its checkpoint, float, or one that this function wrote, packed or not (then nothing
-            is calibrated).
-        recipe: ``METHOD_wXaY``, a config file that defines ``recipe``, or the recipe itself; by default
-            that of a quantized checkpoint, else ``adalog_w4a4``.
-        options: The other fields of :class:`mmptq.engine.options.Options`, which says what each does;
-            docs/schema/options.json lists them.
+        config: A config of mmdet or mmsegmentation, as a file name, ``package::name``
+            or object.
+        checkpoint: Its checkpoint, float, or one that this function wrote, packed or
+            not (then nothing is calibrated).
+        recipe: ``METHOD_wXaY``, a config file that defines ``recipe``, or the recipe
+            itself; by default that of a quantized checkpoint, else ``adalog_w4a4``.
+        options: The other fields of :class:`mmptq.engine.options.Options`, which says
+            what each does; docs/schema/options.json lists them.
 
     Returns:
         What ``summary.json`` holds (docs/schema/summary.json).
 
     Raises:
-        QuantizationError: If something does not fit; before long work where it can be known.
+        QuantizationError: If something does not fit; before long work where it can be
+            known.
     """
     return run(config, str(checkpoint), options_of_call({**options, 'recipe': recipe}))
 
@@ -83,7 +85,8 @@ def run(config: str | Config, checkpoint: str, options: Options) -> dict[str, An
         def test_set() -> Any:
             return runner.test_loop.dataloader.dataset
 
-        # The hooks of the Runner get the checkpoint as if the Runner had read it; ours loads it.
+        # The hooks of the Runner get the checkpoint as if the Runner had read it; ours
+        # loads it.
         runner.call_hook('after_load_checkpoint', checkpoint=loaded)
         if not is_calibrated(model):
             work.prepare(model, test_set)
@@ -99,7 +102,8 @@ def run(config: str | Config, checkpoint: str, options: Options) -> dict[str, An
 
 
 def run_config(cfg: Config, options: Options, recipe: str) -> Config:
-    """The config of the float model in this run, which has a work_dir and loads nothing by itself.
+    """The config of the float model in this run, which has a work_dir and loads nothing
+    by itself.
 
     Args:
         cfg: The user's config.
@@ -167,6 +171,6 @@ def check_writable(work_dir: Path) -> None:
         probe.unlink(missing_ok=True)
     except OSError as error:
         raise QuantizationError(
-            f'work_dir {work_dir} cannot be written to: {error.strerror}; name another one with '
-            '--work-dir'
+            f'work_dir {work_dir} cannot be written to: {error.strerror}; name another'
+            ' one with --work-dir'
         ) from None

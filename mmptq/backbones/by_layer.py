@@ -1,4 +1,6 @@
-"""What a recipe says of single layers: patterns on their names, and what is different there."""
+"""What a recipe says of single layers: patterns on their names, and what is different
+there.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,15 @@ from ..errors import QuantizationError, printable
 from .spec import SITES
 
 PREFIX = 'backbone.'
-"""What names below the backbone begin with in the whole model; a pattern may leave it out."""
+"""What names below the backbone begin with in the whole model; a pattern may leave it
+out.
+"""
 
 KINDS = ('weight', 'activation', 'softmax')
 """What numbers of bits are given for."""
 
-# A recipe may come from a file: to match all patterns with all layers must take no time.
+# A recipe may come from a file: to match all patterns with all layers must take no
+# time.
 MOST_ENTRIES, LONGEST, MOST_STARS = 512, 200, 8
 
 
@@ -28,12 +33,13 @@ class LayerEntry:
     """What differs at the layers and attention products whose names match a pattern.
 
     Attributes:
-        pattern: A shell pattern for the whole name in the model: ``*`` stands for any text, dots
-            included, ``?`` for one character, ``[...]`` for one of some. Names below the backbone
-            may be matched without their ``backbone.``.
-        bits: By kind (``weight``, ``activation``, ``softmax``), whatever a site has of its own.
-        quantizers: By site, options that replace single ones of the recipe's quantizer; all of them
-            where they name another type.
+        pattern: A shell pattern for the whole name in the model: ``*`` stands for any
+            text, dots included, ``?`` for one character, ``[...]`` for one of some.
+            Names below the backbone may be matched without their ``backbone.``.
+        bits: By kind (``weight``, ``activation``, ``softmax``), whatever a site has of
+            its own.
+        quantizers: By site, options that replace single ones of the recipe's quantizer;
+            all of them where they name another type.
         keep_float: Whether the layer stays float; None leaves that to other entries.
     """
 
@@ -47,7 +53,8 @@ class LayerEntry:
         """Checks an entry, but not whether its quantizers can be built.
 
         Raises:
-            QuantizationError: If the pattern or a key, number of bits or site is none, naming it.
+            QuantizationError: If the pattern or a key, number of bits or site is none,
+                naming it.
         """
         _check_pattern(pattern)
         _require(
@@ -105,11 +112,13 @@ def read_entries(layers: Any) -> tuple[LayerEntry, ...]:
     """The entries of a recipe, in their order.
 
     Args:
-        layers: A dict of entries by pattern, or a list of entries that have their ``pattern`` as a
-            key. Files have a list, since configs and JSON are written with the keys of a dict sorted.
+        layers: A dict of entries by pattern, or a list of entries that have their
+            ``pattern`` as a key. Files have a list, since configs and JSON are written
+            with the keys of a dict sorted.
 
     Raises:
-        QuantizationError: If it is neither, or an entry is wrong, or there are more than 512.
+        QuantizationError: If it is neither, or an entry is wrong, or there are more
+            than 512.
     """
     if isinstance(layers, Mapping):
         pairs = list(layers.items())
@@ -117,13 +126,13 @@ def read_entries(layers: Any) -> tuple[LayerEntry, ...]:
         pairs = [(entry['pattern'], _without_pattern(entry)) for entry in layers]
     else:
         raise QuantizationError(
-            'recipe: layers is to be a dict of entries by pattern, or a list of entries with their '
-            f'pattern, not {layers!r}'
+            'recipe: layers is to be a dict of entries by pattern, or a list of'
+            f' entries with their pattern, not {layers!r}'
         )
     if len(pairs) > MOST_ENTRIES:
         raise QuantizationError(
-            f'recipe: layers has {len(pairs)} entries, {MOST_ENTRIES} are the most; say it with fewer '
-            'patterns'
+            f'recipe: layers has {len(pairs)} entries, {MOST_ENTRIES} are the most; say'
+            ' it with fewer patterns'
         )
     return tuple(LayerEntry.from_dict(pattern, entry) for pattern, entry in pairs)
 
@@ -131,7 +140,9 @@ def read_entries(layers: Any) -> tuple[LayerEntry, ...]:
 def require_matches(
     entries: Iterable[LayerEntry], names: list[str], model: str
 ) -> None:
-    """Raises QuantizationError if an entry matches none of a model's layers, with names that are near."""
+    """Raises QuantizationError if an entry matches none of a model's layers, with names
+    that are near.
+    """
     for entry in entries:
         if any(map(entry.matches, names)):
             continue
@@ -141,8 +152,9 @@ def require_matches(
         )
         near = get_close_matches(entry.pattern, known, 3, 0.4) or names[:3]
         raise QuantizationError(
-            f'recipe: layers: {entry.pattern!r} matches no layer or product of {model} that is in scope; '
-            f'near are {", ".join(near)} (a pattern is for whole names, * for any text in them)'
+            f'recipe: layers: {entry.pattern!r} matches no layer or product of {model}'
+            f' that is in scope; near are {", ".join(near)} (a pattern is for whole'
+            ' names, * for any text in them)'
         )
 
 
@@ -158,8 +170,8 @@ def _check_pattern(pattern: Any) -> None:
         )
     if len(pattern) > LONGEST or printable(pattern) != pattern:
         raise QuantizationError(
-            f'recipe: layers: a pattern is one printable line of at most {LONGEST} characters, not '
-            f'{pattern[:50]!r}...'
+            f'recipe: layers: a pattern is one printable line of at most {LONGEST}'
+            f' characters, not {pattern[:50]!r}...'
         )
     _require(
         pattern.count('*') <= MOST_STARS, pattern, f'has more than {MOST_STARS} stars'

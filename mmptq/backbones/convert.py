@@ -1,4 +1,7 @@
-"""Converts a built backbone in place: module and parameter names stay, so any checkpoint of the float one loads."""
+"""Converts a built backbone in place: module and parameter names stay, so any
+checkpoint of the float one loads.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -7,7 +10,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import QuantizationError
-from ..layers import QuantConv2d, QuantLinear, QuantMatMul, QuantOp, SelfAttention, extend_attention
+from ..layers import (
+    QuantConv2d,
+    QuantLinear,
+    QuantMatMul,
+    QuantOp,
+    SelfAttention,
+    extend_attention,
+)
 from ..quantizers import Float, calibrated_parts
 from .by_layer import PREFIX, require_matches
 from .reasons import FloatReason
@@ -15,8 +25,13 @@ from .recipe import Recipe
 from .spec import BackboneSpec, Site, matches
 
 # Subclasses of nn.Linear and nn.Conv2d that compute just what these do.
-_PLAIN = {'torch.nn.modules.linear.Linear', 'torch.nn.modules.linear.NonDynamicallyQuantizableLinear', 'torch.nn.modules.conv.Conv2d',
-          'mmcv.cnn.bricks.wrappers.Linear', 'mmcv.cnn.bricks.wrappers.Conv2d'}
+_PLAIN = {
+    'torch.nn.modules.linear.Linear',
+    'torch.nn.modules.linear.NonDynamicallyQuantizableLinear',
+    'torch.nn.modules.conv.Conv2d',
+    'mmcv.cnn.bricks.wrappers.Linear',
+    'mmcv.cnn.bricks.wrappers.Conv2d',
+}
 
 
 @dataclass
@@ -26,7 +41,8 @@ class ConversionReport:
     Attributes:
         recipe: The recipe. :func:`leave_float` adds to its ``layers``.
         scope: ``backbone`` or ``model``.
-        skipped: Layers and products of the converted module that stay float, with the reason. :func:`leave_float` adds to it.
+        skipped: Layers and products of the converted module that stay float, with the
+            reason. :func:`leave_float` adds to it.
     """
 
     recipe: Recipe
@@ -35,47 +51,76 @@ class ConversionReport:
 
 
 def layers_with_products(module: nn.Module) -> dict[str, nn.Module]:
-    """All layers with a matrix or kernels, and opaque attentions, by name: what a quantized model must account for."""
-    opaque = tuple(f'{name}.' for name, child in module.named_modules() if isinstance(child, nn.MultiheadAttention))
-    return {name: child for name, child in module.named_modules()
-            if (_multiplies(child) or isinstance(child, nn.MultiheadAttention)) and not name.startswith(opaque)}
+    """All layers with a matrix or kernels, and opaque attentions, by name: what a
+    quantized model must account for.
+    """
+    opaque = tuple(
+        f'{name}.'
+        for name, child in module.named_modules()
+        if isinstance(child, nn.MultiheadAttention)
+    )
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if (_multiplies(child) or isinstance(child, nn.MultiheadAttention))
+        and not name.startswith(opaque)
+    }
 
 
-def convert(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> ConversionReport:
-    """Replaces the layers and attention products that a spec names by quantized operations; all are float until calibrated.
+def convert(
+    backbone: nn.Module, spec: BackboneSpec, recipe: Recipe
+) -> ConversionReport:
+    """Replaces the layers and attention products that a spec names by quantized
+    operations; all are float until calibrated.
 
     Raises:
-        QuantizationError: If the backbone has none of the spec's blocks or attentions, or an entry of the recipe's ``layers`` matches
-            nothing in it.
+        QuantizationError: If the backbone has none of the spec's blocks or attentions,
+            or an entry of the recipe's ``layers`` matches nothing in it.
     """
-    report = ConversionReport(recipe, 'backbone', convert_backbone(backbone, spec, recipe))
+    report = ConversionReport(
+        recipe, 'backbone', convert_backbone(backbone, spec, recipe)
+    )
     check_fit(backbone, recipe, PREFIX)
     return report
 
 
 def check_fit(module: nn.Module, recipe: Recipe, prefix: str = '') -> None:
-    """Whether a recipe's ``layers`` fit a converted module, whose name in the whole model is a prefix.
+    """Whether a recipe's ``layers`` fit a converted module, whose name in the whole
+    model is a prefix.
 
     Raises:
-        QuantizationError: If an entry matches nothing, with names that are near; or if they leave nothing to be quantized.
+        QuantizationError: If an entry matches nothing, with names that are near; or if
+            they leave nothing to be quantized.
     """
-    products = [name for name, child in module.named_modules() if isinstance(child, QuantMatMul)]
+    products = [
+        name for name, child in module.named_modules() if isinstance(child, QuantMatMul)
+    ]
     names = [f'{prefix}{name}' for name in (*layers_with_products(module), *products)]
     require_matches(recipe.layers, names, type(module).__name__)
     if recipe.layers and not calibrated_parts(module):
-        raise QuantizationError(f'recipe {recipe.name} leaves all layers of {type(module).__name__} float: there is nothing to quantize')
+        raise QuantizationError(
+            f'recipe {recipe.name} leaves all layers of {type(module).__name__} float:'
+            ' there is nothing to quantize'
+        )
 
 
-def convert_backbone(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) -> dict[str, FloatReason]:
+def convert_backbone(
+    backbone: nn.Module, spec: BackboneSpec, recipe: Recipe
+) -> dict[str, FloatReason]:
     """:func:`convert`, without looking for entries of ``layers`` that match nothing.
 
     Returns:
         The layers and products that stay float, with the reason.
     """
     spec.block_names(backbone)
-    attentions = [name for name, _ in backbone.named_modules() if matches(name, spec.attentions)]
+    attentions = [
+        name for name, _ in backbone.named_modules() if matches(name, spec.attentions)
+    ]
     if not attentions:
-        raise QuantizationError(f'{type(backbone).__name__} has no attention named like {", ".join(spec.attentions)}')
+        raise QuantizationError(
+            f'{type(backbone).__name__} has no attention named like'
+            f' {", ".join(spec.attentions)}'
+        )
     skipped: dict[str, FloatReason] = {}
     for name in attentions:
         attention = backbone.get_submodule(name)
@@ -96,11 +141,19 @@ def convert_backbone(backbone: nn.Module, spec: BackboneSpec, recipe: Recipe) ->
                 skipped[own] = FloatReason.KEPT
             else:
                 layer.equip(product, sites, heads)
-    return skipped | convert_layers(backbone, {name: spec.site(name) for name in layers_with_products(backbone)}, recipe, PREFIX)
+    return skipped | convert_layers(
+        backbone,
+        {name: spec.site(name) for name in layers_with_products(backbone)},
+        recipe,
+        PREFIX,
+    )
 
 
-def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Recipe, prefix: str = '') -> dict[str, FloatReason]:
-    """Replaces Linear and Conv2d layers by quantized ones. For a layer under several names its first one counts.
+def convert_layers(
+    module: nn.Module, sites: dict[str, Site | None], recipe: Recipe, prefix: str = ''
+) -> dict[str, FloatReason]:
+    """Replaces Linear and Conv2d layers by quantized ones. For a layer under several
+    names its first one counts.
 
     Args:
         module: Where the layers are.
@@ -136,8 +189,11 @@ def convert_layers(module: nn.Module, sites: dict[str, Site | None], recipe: Rec
     return skipped
 
 
-def leave_float(model: nn.Module, report: ConversionReport, names: Iterable[str]) -> None:
-    """Puts float layers in the place of quantized ones that received nothing in calibration, and says so in the report and its recipe.
+def leave_float(
+    model: nn.Module, report: ConversionReport, names: Iterable[str]
+) -> None:
+    """Puts float layers in the place of quantized ones that received nothing in
+    calibration, and says so in the report and its recipe.
 
     Args:
         model: The whole model.
@@ -151,7 +207,10 @@ def leave_float(model: nn.Module, report: ConversionReport, names: Iterable[str]
     for name in names:
         op = modules.get(name)
         if not isinstance(op, QuantLinear | QuantConv2d):
-            raise QuantizationError(f'{name} is to stay float, but is no layer of the model that could be quantized')
+            raise QuantizationError(
+                f'{name} is to stay float, but is no layer of the model that could be'
+                ' quantized'
+            )
         replace_modules(model, {op: op.to_float()})
         report.skipped[name] = FloatReason.IDLE
         report.recipe = report.recipe.leaving_float([name])
@@ -159,7 +218,9 @@ def leave_float(model: nn.Module, report: ConversionReport, names: Iterable[str]
 
 def _multiplies(module: nn.Module) -> bool:
     weight = module._parameters.get('weight')
-    return weight is not None and weight.ndim > 1 and not isinstance(module, nn.Embedding)
+    return (
+        weight is not None and weight.ndim > 1 and not isinstance(module, nn.Embedding)
+    )
 
 
 def replace_modules(root: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:

@@ -1,4 +1,6 @@
-"""Why a layer of a quantized model stays float: one word each for files, and a sentence for people."""
+"""Why a layer of a quantized model stays float: one word each for files, and a sentence
+for people.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ from enum import Enum
 
 
 class FloatReason(str, Enum):
-    """Why a layer stays float. The value is what files hold; :meth:`sentence` is what is printed."""
+    """Why a layer stays float. The value is what files hold; :meth:`sentence` is what
+    is printed.
+    """
 
     NO_SITE = 'no_site'
     NO_QUANTIZED_FORM = 'no_quantized_form'
@@ -25,7 +29,8 @@ class FloatReason(str, Enum):
 
     @classmethod
     def read(cls, text: str) -> FloatReason:
-        """The reason that a file gives: its word, or the sentence that files without a schema number have.
+        """The reason that a file gives: its word, or the sentence that files without a
+        schema number have.
 
         Raises:
             ValueError: If it is neither.

@@ -16,8 +16,8 @@ PAIR = ('AdaLog', 'BRECQ')
 def canonical(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe in the shorter of its two forms, so that equal recipes are equal dicts.
 
-    One stage, and AdaLog followed by BRECQ, become ``method``, with ``propagate_error`` as an
-    option of it; what has no short name keeps ``stages`` and ``propagate_error``.
+    One stage, and AdaLog followed by BRECQ, become ``method``, with ``propagate_error``
+    as an option of it; what has no short name keeps ``stages`` and ``propagate_error``.
 
     Raises:
         QuantizationError: If there are both forms, or one is not of its type.
@@ -49,8 +49,8 @@ def checked_stages(stages: Any) -> list[dict[str, Any]]:
     """Plain copies of the stages.
 
     Raises:
-        QuantizationError: If they are not a list of dicts, at least one, or a stage has an option
-            that is the recipe's.
+        QuantizationError: If they are not a list of dicts, at least one, or a stage has
+            an option that is the recipe's.
     """
     if not isinstance(stages, list | tuple) or not stages:
         raise QuantizationError(
@@ -61,7 +61,8 @@ def checked_stages(stages: Any) -> list[dict[str, Any]]:
             isinstance(key, str) for key in stage
         ):
             raise QuantizationError(
-                f'recipe: stage {number} is to be a dict with text as keys, not {stage!r}'
+                f'recipe: stage {number} is to be a dict with text as keys, not'
+                f' {stage!r}'
             )
         if 'propagate_error' in stage:
             raise QuantizationError(

@@ -13,7 +13,8 @@ from .stage import Needs
 
 @torch.no_grad()
 def observe(block: Block, needs: Needs) -> None:
-    """Runs a block in float once and keeps what its stages need, and its outputs as targets.
+    """Runs a block in float once and keeps what its stages need, and its outputs as
+    targets.
 
     Raises:
         QuantizationError: As :meth:`mmptq.calibration.Block.observe` does.
@@ -45,7 +46,9 @@ def widen(
     op: QuantOp,
     activations: tuple[Tensor, ...],
 ) -> None:
-    """Widens the extremes of an operation's operands, (groups,) each, by those of one call."""
+    """Widens the extremes of an operation's operands, (groups,) each, by those of one
+    call.
+    """
     for role, operand in zip(op.roles, op.operands(*activations), strict=True):
         quantizer = op.quantizer(role)
         if quantizer.dynamic or not quantizer.param_names:

@@ -1,4 +1,7 @@
-"""Ranges by percentiles: of a few that clip more or less, the one of least squared error (UQ-ViT's, RepQ-ViT's)."""
+"""Ranges by percentiles: of a few that clip more or less, the one of least squared
+error (UQ-ViT's, RepQ-ViT's).
+"""
+
 from __future__ import annotations
 
 import math
@@ -16,26 +19,47 @@ PERCENTILES = (0.999, 0.9999, 0.99999)
 
 
 @torch.no_grad()
-def least_error(quantizer: Quantizer, values: Tensor, counts: Tensor | None = None) -> Params:
+def least_error(
+    quantizer: Quantizer, values: Tensor, counts: Tensor | None = None
+) -> Params:
     """The parameters of the percentile range whose squared error is least.
 
     Args:
         quantizer: Makes parameters of ranges.
-        values: What will be quantized, (groups, values); a group has its own parameters.
+        values: What will be quantized, (groups, values); a group has its own
+            parameters.
         counts: What each value of a group counts, (values,), if not the same.
 
     Returns:
         Parameters, (groups,).
     """
-    highs, lows = tails(values, PERCENTILES, counts), -tails(-values, PERCENTILES, counts)
-    candidates = [quantizer.range_params(low, high) for low, high in zip(lows, highs, strict=True)]
-    params = {name: torch.stack([candidate[name] for candidate in candidates]) for name in candidates[0]}
-    screen = own_error(values[:, None, None], None if counts is None else counts[None, None])
-    return {name: value[0] for name, value in best_of(Grid(params, values[:, 0]), screen.errors(quantizer, params), 1).items()}
+    highs, lows = (
+        tails(values, PERCENTILES, counts),
+        -tails(-values, PERCENTILES, counts),
+    )
+    candidates = [
+        quantizer.range_params(low, high) for low, high in zip(lows, highs, strict=True)
+    ]
+    params = {
+        name: torch.stack([candidate[name] for candidate in candidates])
+        for name in candidates[0]
+    }
+    screen = own_error(
+        values[:, None, None], None if counts is None else counts[None, None]
+    )
+    return {
+        name: value[0]
+        for name, value in best_of(
+            Grid(params, values[:, 0]), screen.errors(quantizer, params), 1
+        ).items()
+    }
 
 
-def tails(values: Tensor, percentiles: Sequence[float], counts: Tensor | None = None) -> Tensor:
-    """Upper percentiles of each row: the largest value with no more than ``1 - p`` of the weight at or above those before it.
+def tails(
+    values: Tensor, percentiles: Sequence[float], counts: Tensor | None = None
+) -> Tensor:
+    """Upper percentiles of each row: the largest value with no more than ``1 - p`` of
+    the weight at or above those before it.
 
     Args:
         values: (rows, values).
@@ -46,7 +70,9 @@ def tails(values: Tensor, percentiles: Sequence[float], counts: Tensor | None = 
         (percentiles, rows).
     """
     size = values.shape[1]
-    above = [(1 - p) * (size if counts is None else float(counts.sum())) for p in percentiles]
+    above = [
+        (1 - p) * (size if counts is None else float(counts.sum())) for p in percentiles
+    ]
     if counts is None:
         ranks = [min(size - 1, math.floor(mass)) for mass in above]
         ordered = values.topk(max(ranks) + 1, 1).values
@@ -58,5 +84,7 @@ def tails(values: Tensor, percentiles: Sequence[float], counts: Tensor | None = 
         if count == size or bool((mass[:, -1] > max(above)).all()):
             break
         count = min(size, 4 * count)
-    places = [(mass <= limit).sum(1, keepdim=True).clamp(max=count - 1) for limit in above]
+    places = [
+        (mass <= limit).sum(1, keepdim=True).clamp(max=count - 1) for limit in above
+    ]
     return torch.stack([ordered.gather(1, place)[:, 0] for place in places])

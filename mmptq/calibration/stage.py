@@ -15,13 +15,15 @@ from .capture import Block, Call
 class Needs:
     """What is observed of a block, once, before its first stage.
 
-    The order of operations (that of ``block.ops``' runs, in ``block.order``) and the float outputs
-    (``block.targets``) are always there. Sums over tokens depend on the quantizers that a stage
-    has set, so a stage takes them itself (:meth:`mmptq.calibration.Block.grams`).
+    The order of operations (that of ``block.ops``' runs, in ``block.order``) and the
+    float outputs (``block.targets``) are always there. Sums over tokens depend on the
+    quantizers that a stage has set, so a stage takes them itself
+    (:meth:`mmptq.calibration.Block.grams`).
 
     Attributes:
         rows: Rows in the sample of each operation's activations, about; 0 for none.
-        channels: Values of each channel of inputs that are rescaled by channels; 0 for none.
+        channels: Values of each channel of inputs that are rescaled by channels; 0 for
+            none.
         extremes: Whether the minima and maxima of all operands are wanted.
     """
 
@@ -70,9 +72,11 @@ class PreparingStage(Stage, Protocol):
 
 
 class WholeMethod:
-    """A method that observes its block by itself and returns its float outputs, as a stage.
+    """A method that observes its block by itself and returns its float outputs, as a
+    stage.
 
-    Methods were like this before there were stages: ``propagate_error`` and ``calibrate(block)``.
+    Methods were like this before there were stages: ``propagate_error`` and
+    ``calibrate(block)``.
     """
 
     needs = Needs()
@@ -89,8 +93,8 @@ class WholeMethod:
 def as_stages(methods: Any) -> list[Stage]:
     """The stages that a method, a stage or a sequence of them stands for.
 
-    One that has ``stages`` is a short name for several; one without ``needs`` is a method that
-    does everything by itself.
+    One that has ``stages`` is a short name for several; one without ``needs`` is a
+    method that does everything by itself.
     """
     stages: list[Any] = []
     for method in methods if isinstance(methods, list | tuple) else [methods]:
@@ -102,7 +106,9 @@ def as_stages(methods: Any) -> list[Stage]:
 
 
 def propagates(methods: Any) -> bool:
-    """Whether a block gets its inputs from the quantized model, as the first method says."""
+    """Whether a block gets its inputs from the quantized model, as the first method
+    says.
+    """
     first = methods[0] if isinstance(methods, list | tuple) else methods
     return bool(getattr(first, 'propagate_error', False))
 

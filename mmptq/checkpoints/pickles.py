@@ -1,8 +1,9 @@
-"""What a pickle would do, found without doing it: a small machine that knows kinds, not values.
+"""What a pickle would do, found without doing it: a small machine that knows kinds, not
+values.
 
-torch's restricted reader calls nothing unknown, but it builds what a pickle says before anyone can
-look at it: to hash a key of a dict that is a tuple in a tuple in a tuple, or one whose parts are
-shared a million times, ends the process or never ends.
+torch's restricted reader calls nothing unknown, but it builds what a pickle says before
+anyone can look at it: to hash a key of a dict that is a tuple in a tuple in a tuple, or
+one whose parts are shared a million times, ends the process or never ends.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ CONTAINERS = {'EMPTY_LIST', 'EMPTY_DICT'}
 
 
 class Kind(NamedTuple):
-    """What is known of a value: its sort (scalar, tuple, container, name, object), and more of it.
+    """What is known of a value: its sort (scalar, tuple, container, name, object), and
+    more of it.
 
     Attributes:
         sort: One of these words.
         name: Of a name, as ``module name``.
-        parts: Of a tuple: how many values lie in it, up to one more than a key may have.
+        parts: Of a tuple: how many values lie in it, up to one more than a key may
+            have.
         depth: Of a tuple: how many lie in each other.
     """
 
@@ -61,7 +64,8 @@ class Machine:
     """Follows the operations of one pickle and collects the names that it would import.
 
     Args:
-        never_called: Names that may stand in it and not be called, such as those of storages.
+        never_called: Names that may stand in it and not be called, such as those of
+            storages.
     """
 
     def __init__(self, never_called: set[str]) -> None:
@@ -115,10 +119,14 @@ class Machine:
             self.make(operation)
         elif operation == 'PROTO' and argument > 2:
             raise UnsafePickleError(
-                f'it was saved with pickle protocol {argument}; save it with the default of torch.save, 2'
+                f'it was saved with pickle protocol {argument}; save it with the'
+                ' default of torch.save, 2'
             )
         elif operation not in ('PROTO', 'STOP'):
-            raise UnsafePickleError(f'its pickle has an operation {operation} that torch.save does not write')
+            raise UnsafePickleError(
+                f'its pickle has an operation {operation} that torch.save does not'
+                ' write'
+            )
 
     def remembered(self, number: int) -> Kind:
         """What was stored under a number."""
@@ -134,9 +142,15 @@ class Machine:
         return taken[::-1]
 
     def tuple(self, operation: str) -> None:
-        """A tuple of what was made before it; a long or deep one is none of a checkpoint."""
+        """A tuple of what was made before it; a long or deep one is none of a
+        checkpoint.
+        """
         count = {'EMPTY_TUPLE': 0, 'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}.get(operation)
-        items = self.taken_to_mark() if count is None else [self.stack.pop() for _ in range(count)]
+        items = (
+            self.taken_to_mark()
+            if count is None
+            else [self.stack.pop() for _ in range(count)]
+        )
         parts = len(items) + sum(item.parts for item in items)
         depth = 1 + max((item.depth for item in items), default=0)
         if depth > MOST_DEPTH:
@@ -149,11 +163,17 @@ class Machine:
         if operation == 'SETITEM':
             items.insert(0, self.stack.pop())
         for key in items[::2] if operation.startswith('SET') else ():
-            if key.sort != 'scalar' and not (key.sort == 'tuple' and key.parts <= MOST_PARTS):
-                raise UnsafePickleError('a dict in it has keys that are neither text nor numbers')
+            if key.sort != 'scalar' and not (
+                key.sort == 'tuple' and key.parts <= MOST_PARTS
+            ):
+                raise UnsafePickleError(
+                    'a dict in it has keys that are neither text nor numbers'
+                )
 
     def make(self, operation: str) -> None:
-        """An object: a call of what is known to make one, a state for it, or a storage of the file."""
+        """An object: a call of what is known to make one, a state for it, or a storage
+        of the file.
+        """
         argument = self.stack.pop()
         if operation == 'BINPERSID':
             self.stack.append(OBJECT)
@@ -163,6 +183,9 @@ class Machine:
         maker = self.stack.pop()
         if maker.sort == 'name' and maker.name in self.never_called:
             raise UnsafePickleError(f'it calls {maker.name.replace(" ", ".")}')
-        if maker.sort not in ('name', 'object') or argument.sort not in ('tuple', 'object'):
+        if maker.sort not in ('name', 'object') or argument.sort not in (
+            'tuple',
+            'object',
+        ):
             raise UnsafePickleError('it calls what cannot be called')
         self.stack.append(OBJECT)

@@ -9,33 +9,40 @@ from typing import Any
 from ..errors import QuantizationError
 
 MOST_VALUES = 200_000
-"""Values that a file may hold beside its tensors; more of them are no description of a model."""
+"""Values that a file may hold beside its tensors; more of them are no description of a
+model.
+"""
 
 MOST_LEVELS = 40
 """How deep they may be nested."""
 
 MOST_CHARACTERS = 4_000_000
-"""Length of all texts together, each counted where it stands: one that is shared stands in many places."""
+"""Length of all texts together, each counted where it stands: one that is shared stands
+in many places.
+"""
 
 LONGEST_TEXT = 10_000
 
 LARGEST = 2**63
-"""The magnitude below which whole numbers lie, those that every reader of JSON takes."""
+"""The magnitude below which whole numbers lie, those that every reader of JSON takes.
+"""
 
 
 def plain(value: Any, what: str) -> Any:
-    """A fresh copy of data that came from a file: numbers, text, lists, tuples and dicts of these.
+    """A fresh copy of data that came from a file: numbers, text, lists, tuples and
+    dicts of these.
 
-    Nothing else passes, and no subclass: a dict of another class may answer with something else
-    than it holds. The copy of a tree whose branches are shared, or of one that holds itself, would
-    be endless, so values are counted.
+    Nothing else passes, and no subclass: a dict of another class may answer with
+    something else than it holds. The copy of a tree whose branches are shared, or of
+    one that holds itself, would be endless, so values are counted.
 
     Args:
         value: The data.
         what: What it is, for messages.
 
     Raises:
-        QuantizationError: If there is something else in it, or too much, naming the place.
+        QuantizationError: If there is something else in it, or too much, naming the
+            place.
     """
     return _Copy().of(value, what, 0)
 
@@ -43,8 +50,8 @@ def plain(value: Any, what: str) -> Any:
 def plain_parts(value: Any, what: str) -> dict[str, Any]:
     """The entries of a dict that are plain data; nothing where it is no dict.
 
-    For what a file says that no one relies on, such as the classes of its data set: an entry that is
-    something else, a map of numbers say, is left out.
+    For what a file says that no one relies on, such as the classes of its data set: an
+    entry that is something else, a map of numbers say, is left out.
     """
     result: dict[str, Any] = {}
     copy = _Copy()
@@ -66,8 +73,14 @@ class _Copy:
     def of(self, value: Any, where: str, level: int) -> Any:
         self.count += 1
         self.characters += len(value) if type(value) is str else 0
-        if self.count > MOST_VALUES or self.characters > MOST_CHARACTERS or level > MOST_LEVELS:
-            raise QuantizationError(f'{where[:200]}: the file holds too much beside its tensors')
+        if (
+            self.count > MOST_VALUES
+            or self.characters > MOST_CHARACTERS
+            or level > MOST_LEVELS
+        ):
+            raise QuantizationError(
+                f'{where[:200]}: the file holds too much beside its tensors'
+            )
         kind = type(value)
         if value is None or kind is bool:
             return value
@@ -79,15 +92,19 @@ class _Copy:
             return value
         if kind in (list, tuple):
             items = enumerate(value)
-            return kind(self.of(item, f'{where}.{number}', level + 1) for number, item in items)
+            return kind(
+                self.of(item, f'{where}.{number}', level + 1) for number, item in items
+            )
         if kind in (dict, OrderedDict):
             return {
-                self.key(key, where): self.of(item, f'{where}.{str(key)[:50]}', level + 1)
+                self.key(key, where): self.of(
+                    item, f'{where}.{str(key)[:50]}', level + 1
+                )
                 for key, item in dict.items(value)
             }
         raise QuantizationError(
-            f'{where[:200]} is to be finite numbers, printable text, or lists and dicts of these, '
-            f'not {_described(value)}'
+            f'{where[:200]} is to be finite numbers, printable text, or lists and dicts'
+            f' of these, not {_described(value)}'
         )
 
     def key(self, key: Any, where: str) -> str:

@@ -20,8 +20,12 @@ from .reading import checked_state, read_file
 from .writing import save_atomically
 
 
-def fingerprint(model: nn.Module, report: ConversionReport, images: Sequence[str], seed: int) -> str:
-    """What a run's progress depends on, as a hash: weights, recipe, scope, images, seed and version."""
+def fingerprint(
+    model: nn.Module, report: ConversionReport, images: Sequence[str], seed: int
+) -> str:
+    """What a run's progress depends on, as a hash: weights, recipe, scope, images, seed
+    and version.
+    """
     about = [report.recipe.to_dict(), report.scope, list(images), seed, __version__]
     digest = hashlib.sha256(json.dumps(about).encode())
     _update(digest, model.state_dict())
@@ -40,24 +44,38 @@ def checksum(identity: str, blocks: list[dict[str, Any]]) -> str:
 def _update(digest: Any, tensors: Mapping[str, Tensor]) -> None:
     for name, value in tensors.items():
         digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(
+            value.detach()
+            .cpu()
+            .contiguous()
+            .view(-1)
+            .view(torch.uint8)
+            .numpy()
+            .tobytes()
+        )
 
 
 def save_progress(path: Path, identity: str, results: list[BlockResult]) -> None:
     """Writes the results of the blocks calibrated so far."""
     blocks = [vars(result) for result in results]
-    content = {'identity': identity, 'blocks': blocks, 'checksum': checksum(identity, blocks)}
+    content = {
+        'identity': identity,
+        'blocks': blocks,
+        'checksum': checksum(identity, blocks),
+    }
     save_atomically(content, path)
 
 
 def load_progress(path: Path, identity: str) -> dict[str, BlockResult]:
-    """The blocks that an interrupted run calibrated, by name; none if there was no such run.
+    """The blocks that an interrupted run calibrated, by name; none if there was no such
+    run.
 
-    That a file is whole and of this run says nothing of who wrote it: what it holds is checked
-    against the model when it is set (:meth:`mmptq.calibration.Block.load`).
+    That a file is whole and of this run says nothing of who wrote it: what it holds is
+    checked against the model when it is set (:meth:`mmptq.calibration.Block.load`).
 
     Raises:
-        QuantizationError: If the file is damaged, or that run had other weights, images or settings.
+        QuantizationError: If the file is damaged, or that run had other weights, images
+            or settings.
     """
     if not path.exists():
         return {}
@@ -68,11 +86,13 @@ def load_progress(path: Path, identity: str) -> dict[str, BlockResult]:
     except (QuantizationError, KeyError, TypeError, ValueError):
         known = intact = False
     if not intact:
-        raise QuantizationError(f'{path} is damaged; remove it to calibrate from the start')
+        raise QuantizationError(
+            f'{path} is damaged; remove it to calibrate from the start'
+        )
     if not known:
         raise QuantizationError(
-            f'{path} is of a run with another checkpoint, recipe, seed or other images; remove it, or '
-            'do not --resume'
+            f'{path} is of a run with another checkpoint, recipe, seed or other images;'
+            ' remove it, or do not --resume'
         )
     return {block['name']: BlockResult(**block) for block in blocks}
 
@@ -93,7 +113,10 @@ def _blocks(path: Path) -> tuple[dict[str, str], list[dict[str, Any]]]:
         raise TypeError('its hashes are no text')
     blocks = [_block(block, path) for block in content['blocks']]
     tensors = [value for block in blocks for value in block['params'].values()]
-    if sum(value.numel() * value.element_size() for value in tensors) > 2 * path.stat().st_size:
+    if (
+        sum(value.numel() * value.element_size() for value in tensors)
+        > 2 * path.stat().st_size
+    ):
         raise ValueError('its tensors share what they hold')
     return about, blocks
 

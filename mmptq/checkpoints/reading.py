@@ -1,7 +1,8 @@
 """Checkpoints are read without executing anything of them: tensors and plain data only.
 
-Four layers, each for what the one before cannot see: the archive (no bomb), the names in its pickle
-(none that we do not expect), torch's own restricted reader, and every tensor that comes out of it.
+Four layers, each for what the one before cannot see: the archive (no bomb), the names
+in its pickle (none that we do not expect), torch's own restricted reader, and every
+tensor that comes out of it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,22 @@ LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 """What a file of torch.save begins with that is no zip archive (before torch 1.6)."""
 
 LONGEST_PICKLE = 2**26
-"""Bytes of the pickle that says where the tensors are; a large model's takes some hundred thousand."""
+"""Bytes of the pickle that says where the tensors are; a large model's takes some
+hundred thousand.
+"""
 
-STORAGES = ('Double', 'Float', 'Half', 'BFloat16', 'Long', 'Int', 'Short', 'Char', 'Byte', 'Bool')
+STORAGES = (
+    'Double',
+    'Float',
+    'Half',
+    'BFloat16',
+    'Long',
+    'Int',
+    'Short',
+    'Char',
+    'Byte',
+    'Bool',
+)
 
 DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -54,7 +68,9 @@ KNOWN = {
     *(f'torch {kind}Storage' for kind in STORAGES),
     *(str(dtype).replace('.', ' ') for dtype in DTYPES),
 }
-"""All names that tensors and plain data are made of; storages are named, and never called."""
+"""All names that tensors and plain data are made of; storages are named, and never
+called.
+"""
 
 UNREAD = {
     '_codecs encode',
@@ -70,10 +86,15 @@ UNREAD = {
         for name in ('_reconstruct', 'scalar')
     ),
 }
-"""Names in what a Runner saves beside the weights, loss histories above all; :class:`Unread` answers."""
+"""Names in what a Runner saves beside the weights, loss histories above all;
+:class:`Unread` answers.
+"""
+
 
 class Unread:
-    """Stands for a value that no one needs: it takes what the value would be made of, and drops it."""
+    """Stands for a value that no one needs: it takes what the value would be made of,
+    and drops it.
+    """
 
     def __new__(cls, *values: object) -> Unread:  # noqa: D102
         return object.__new__(cls)
@@ -86,7 +107,9 @@ class Unread:
 
 
 def without_unread(value: Any) -> Any:
-    """A value without the entries that were passed over; of dicts in dicts, as a Runner saves them."""
+    """A value without the entries that were passed over; of dicts in dicts, as a Runner
+    saves them.
+    """
     if type(value) not in (dict, OrderedDict):
         return value
     items = ((key, without_unread(item)) for key, item in dict.items(value))
@@ -95,11 +118,12 @@ def without_unread(value: Any) -> Any:
 
 @contextmanager
 def safe_loading() -> Iterator[None]:
-    """Within it every ``torch.load``, mmengine's too, reads tensors and plain data only, never code.
+    """Within it every ``torch.load``, mmengine's too, reads tensors and plain data
+    only, never code.
 
-    mmengine asks for full unpickling (or fails on its own files, before 0.11); what a Runner saves
-    beside the weights is passed over. Before torch 2.5 nothing can be passed over, and only
-    checkpoints without loss histories (published ones) are read.
+    mmengine asks for full unpickling (or fails on its own files, before 0.11); what a
+    Runner saves beside the weights is passed over. Before torch 2.5 nothing can be
+    passed over, and only checkpoints without loss histories (published ones) are read.
     """
     allowed: list[Any] = [(Unread, name.replace(' ', '.')) for name in sorted(UNREAD)]
     variable = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'
@@ -122,30 +146,43 @@ def read_file(path: str | Path) -> Any:
     """What a file written by ``torch.save`` holds, tensors and plain data only.
 
     Raises:
-        QuantizationError: If it is missing, damaged, inflates, or needs code to be read.
+        QuantizationError: If it is missing, damaged, inflates, or needs code to be
+            read.
     """
     require_file(path)
     try:
         names = _names_in(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise QuantizationError(f'{path} is damaged or no checkpoint: {error}') from None
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+    ) as error:
+        raise QuantizationError(
+            f'{path} is damaged or no checkpoint: {error}'
+        ) from None
     unknown = sorted(names - KNOWN - UNREAD)
     if unknown:
         raise QuantizationError(
-            f'{path} cannot be read safely: it names {some([_dotted(name) for name in unknown])}, and '
-            'mmptq reads tensors and plain data only; if you trust the file, save its weights alone: '
-            "torch.save({'state_dict': weights}, ...)"
+            f'{path} cannot be read safely: it names'
+            f' {some([_dotted(name) for name in unknown])}, and mmptq reads tensors and'
+            ' plain data only; if you trust the file, save its weights alone:'
+            " torch.save({'state_dict': weights}, ...)"
         )
     try:
         with safe_loading():
             content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a broken file
         if hasattr(torch.serialization, 'safe_globals') or not names & UNREAD:
-            reason = f'is damaged: its content cannot be put together ({type(error).__name__})'
+            reason = (
+                'is damaged: its content cannot be put together'
+                f' ({type(error).__name__})'
+            )
         else:
             reason = (
-                'holds loss histories, which torch before 2.5 cannot read safely; save its weights '
-                "alone: torch.save({'state_dict': weights}, ...)"
+                'holds loss histories, which torch before 2.5 cannot read safely; save'
+                " its weights alone: torch.save({'state_dict': weights}, ...)"
             )
         raise QuantizationError(f'{path} {reason}') from None
     return content
@@ -178,13 +215,17 @@ def _names_in(path: str | Path) -> set[str]:
             raise ValueError('it is not a file of torch.save')
         file.seek(0)
         names: set[str] = set()
-        for _ in range(5):  # magic number, protocol, machine, content, keys of the storages
+        for _ in range(
+            5
+        ):  # magic number, protocol, machine, content, keys of the storages
             names |= Machine(KNOWN - MAKERS).run(file)
         return names
 
 
 def _pickle_of_archive(file: IO[bytes]) -> bytes:
-    """The pickle in a zip archive of ``torch.save``, after a check that the archive does not inflate."""
+    """The pickle in a zip archive of ``torch.save``, after a check that the archive
+    does not inflate.
+    """
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -197,7 +238,11 @@ def _pickle_of_archive(file: IO[bytes]) -> bytes:
             raise ValueError('its archive has more than one folder')
         if any(entry.filename.endswith('constants.pkl') for entry in entries):
             raise ValueError('it is a program of TorchScript; save its state_dict')
-        pickles = [entry for entry in entries if entry.filename.rpartition('/')[2] == 'data.pkl']
+        pickles = [
+            entry
+            for entry in entries
+            if entry.filename.rpartition('/')[2] == 'data.pkl'
+        ]
         if len(pickles) != 1:
             raise ValueError(f'it has {len(pickles)} data.pkl, not one')
         if pickles[0].file_size > LONGEST_PICKLE:
@@ -209,8 +254,8 @@ def load_file(path: str | Path) -> dict[str, Any]:
     """A checkpoint file's content, with the weights under ``state_dict``.
 
     Raises:
-        QuantizationError: If it is missing, is no checkpoint, needs code to be read, or a tensor in it
-            claims more than the file holds.
+        QuantizationError: If it is missing, is no checkpoint, needs code to be read, or
+            a tensor in it claims more than the file holds.
     """
     content = read_file(path)
     if type(content) not in (dict, OrderedDict):
@@ -233,7 +278,9 @@ def checked_state(state: Any, path: str | Path) -> OrderedDict[str, Tensor]:
     result: OrderedDict[str, Tensor] = OrderedDict()
     for key, value in dict.items(state):
         if type(key) is not str or not isinstance(value, Tensor):
-            name = key[:100] if type(key) is str else f'a key of type {type(key).__name__}'
+            name = (
+                key[:100] if type(key) is str else f'a key of type {type(key).__name__}'
+            )
             raise QuantizationError(f'{path} holds no state_dict: {name} is no tensor')
         if len(key) > 500 or not key.isprintable():
             raise QuantizationError(f'{path} has a weight of the name {key[:100]!r}')
@@ -241,22 +288,31 @@ def checked_state(state: Any, path: str | Path) -> OrderedDict[str, Tensor]:
         if fault:
             raise QuantizationError(f'{path}: {key} {fault}')
         result[key] = value.detach()
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage() for value in result.values()}
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage()
+        for value in result.values()
+    }
     held = sum(storage.nbytes() for storage in storages.values())
     if held > 2 * os.path.getsize(path):
-        raise QuantizationError(f'{path}: its tensors claim {held} bytes, more than the file holds')
+        raise QuantizationError(
+            f'{path}: its tensors claim {held} bytes, more than the file holds'
+        )
     _keep_versions(state, result)
     return result
 
 
 def _keep_versions(state: Any, result: OrderedDict[str, Tensor]) -> None:
-    """torch keeps versions of modules beside a state dict, which heads of mmdet ask for."""
+    """torch keeps versions of modules beside a state dict, which heads of mmdet ask
+    for.
+    """
     versions: Any = vars(state).get('_metadata') if type(state) is OrderedDict else None
     if type(versions) in (dict, OrderedDict):
         result._metadata = OrderedDict(  # type: ignore[attr-defined]
             (name, {'version': about.get('version')})
             for name, about in dict.items(versions)
-            if type(name) is str and type(about) is dict and type(about.get('version')) is int
+            if type(name) is str
+            and type(about) is dict
+            and type(about.get('version')) is int
         )
 
 
@@ -271,32 +327,41 @@ def tensor_fault(value: Tensor) -> str | None:
     return None
 
 
-def load_checked(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> list[str]:
+def load_checked(
+    model: nn.Module, state_dict: Mapping[str, Tensor], source: str
+) -> list[str]:
     """Loads weights, float or quantized, and refuses what does not fit.
 
     Args:
         model: A model with quantized operations.
-        state_dict: Its weights, by the float model's names, with or without parameters of quantizers.
+        state_dict: Its weights, by the float model's names, with or without parameters
+            of quantizers.
         source: Where they come from, for messages.
 
     Returns:
         Surplus keys that no quantizer wants; the Runner passes over them as well.
 
     Raises:
-        QuantizationError: If weights are missing or have other shapes; if parameters of some
-            quantizers, but not of all, are there; or if some have no quantizer.
+        QuantizationError: If weights are missing or have other shapes; if parameters of
+            some quantizers, but not of all, are there; or if some have no quantizer.
     """
     try:
-        missing, unexpected = model.load_state_dict(without_prefix(state_dict), strict=False)
+        missing, unexpected = model.load_state_dict(
+            without_prefix(state_dict), strict=False
+        )
     except QuantizationError as error:
         raise QuantizationError(f'{source}: {error}') from None
     except RuntimeError as error:
         mismatches = [line.strip() for line in str(error).splitlines()[1:]]
-        raise QuantizationError(f'{source} is of another model: {some(mismatches)}') from None
+        raise QuantizationError(
+            f'{source} is of another model: {some(mismatches)}'
+        ) from None
     missing = [key for key in missing if not key.endswith('num_batches_tracked')]
     if missing:
         instead = f', and has instead {some(unexpected)}' if unexpected else ''
-        raise QuantizationError(f'{source} is of another model: it lacks {some(missing)}{instead}')
+        raise QuantizationError(
+            f'{source} is of another model: it lacks {some(missing)}{instead}'
+        )
     quantizers = calibrated_parts(model)
     absent = [
         f'{name}.{key}'
@@ -307,15 +372,20 @@ def load_checked(model: nn.Module, state_dict: Mapping[str, Tensor], source: str
     surplus = [key for key in unexpected if '_quantizer.' in key or '.rescale.' in key]
     if surplus:
         raise QuantizationError(
-            f'{source} has parameters of quantizers that the recipe does not have: {some(surplus)}'
+            f'{source} has parameters of quantizers that the recipe does not have:'
+            f' {some(surplus)}'
         )
     if absent and any(module.params is not None for module in quantizers.values()):
-        raise QuantizationError(f'{source} lacks parameters of quantizers: {some(absent)}')
+        raise QuantizationError(
+            f'{source} lacks parameters of quantizers: {some(absent)}'
+        )
     return list(unexpected)
 
 
 def without_prefix(state_dict: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
-    """Weights without the prefix ``module.`` that a distributed model's have; versions of modules are kept."""
+    """Weights without the prefix ``module.`` that a distributed model's have; versions
+    of modules are kept.
+    """
     state = OrderedDict(
         (re.sub(r'^module\.', '', key), value) for key, value in state_dict.items()
     )

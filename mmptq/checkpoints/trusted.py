@@ -1,9 +1,9 @@
 """Which models a file may have built that comes without a config of the user's.
 
-A config is a program: to build a model runs the classes that it names, with the arguments that it
-gives. Some of these classes read files, fetch addresses or unpickle teachers. So from a file only
-classes are built that are on a list, from plain arguments that name no place, and no more of them
-than its weights can fill.
+A config is a program: to build a model runs the classes that it names, with the
+arguments that it gives. Some of these classes read files, fetch addresses or unpickle
+teachers. So from a file only classes are built that are on a list, from plain arguments
+that name no place, and no more of them than its weights can fill.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ try:
     import resource
 except ModuleNotFoundError:  # not on Windows
     resource = None
-if not Path('/proc/self/status').exists():  # nor where it would be of no use, as on macOS
+if not Path(
+    '/proc/self/status'
+).exists():  # nor where it would be of no use, as on macOS
     resource = None
 
 
@@ -91,11 +93,14 @@ CLASSES = {
     'mmengine': LAYERS,
     'mmdet': LAYERS | MMDET,
     'mmseg': LAYERS | MMSEG,
-    'mmpretrain': LAYERS | {'VisionTransformer', 'SwinTransformer', 'ClsDataPreprocessor'},
+    'mmpretrain': (
+        LAYERS | {'VisionTransformer', 'SwinTransformer', 'ClsDataPreprocessor'}
+    ),
     'mmptq': {'TimmBackbone'},
 }
-"""By scope: the classes that are built from a file. Losses read files that a text names, and several layers
-look up what a text names; texts are on a list, too."""
+"""By scope: the classes that are built from a file. Losses read files that a text
+names, and several layers look up what a text names; texts are on a list, too.
+"""
 
 WORDS = _names("""
     add all_levels area avg BASIC bicubic bilinear BOTTLENECK caffe ciou cls_token concat
@@ -110,9 +115,13 @@ PATTERNS = {
     'loss_name': re.compile(r'loss_\w+'),
     'model_name': re.compile(r'[a-z]\w*(\.\w+)?'),
 }
-"""Texts that single arguments may be beside: mmpretrain's sizes, names of losses, models of timm."""
+"""Texts that single arguments may be beside: mmpretrain's sizes, names of losses,
+models of timm.
+"""
 
-PLACES = re.compile(r'pretrained|check_?point|ckpt|file|url|uri|teacher|cache|load|_dir|config')
+PLACES = re.compile(
+    r'pretrained|check_?point|ckpt|file|url|uri|teacher|cache|load|_dir|config'
+)
 """Names of arguments that say where something is to be read from."""
 
 DOTTED = re.compile(r'[A-Za-z_]\w*(\.[A-Za-z_]\w*)?')
@@ -121,18 +130,21 @@ MOST = 2**20
 
 
 def trusted_model(model: dict[str, Any], default_scope: str) -> dict[str, Any]:
-    """A copy of a model's config from a file, checked, without what initializes weights.
+    """A copy of a model's config from a file, checked, without what initializes
+    weights.
 
     Args:
         model: The config, plain data.
         default_scope: The package whose classes have no scope in their names.
 
     Raises:
-        QuantizationError: If it names a class that is not on the list or not installed, or an argument
-            of its is a place to read from, naming it.
+        QuantizationError: If it names a class that is not on the list or not installed,
+            or an argument of its is a place to read from, naming it.
     """
     if default_scope not in CLASSES:
-        raise QuantizationError(f'the scope {default_scope!r} is none whose models are built from a file')
+        raise QuantizationError(
+            f'the scope {default_scope!r} is none whose models are built from a file'
+        )
     _import(default_scope)
     checked: dict[str, Any] = _checked(model, default_scope, 'model')
     return checked
@@ -149,9 +161,14 @@ def _checked(value: Any, scope: str, where: str) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_checked(item, scope, where) for item in value)
     if isinstance(value, str) and value not in WORDS:
-        raise QuantizationError(f'{where}={value[:100]!r} is no text that a model from a file may have; {OWN}')
+        raise QuantizationError(
+            f'{where}={value[:100]!r} is no text that a model from a file may have;'
+            f' {OWN}'
+        )
     if isinstance(value, int) and not abs(value) < MOST:
-        raise QuantizationError(f'{where}={value} is larger than anything in a model; {OWN}')
+        raise QuantizationError(
+            f'{where}={value} is larger than anything in a model; {OWN}'
+        )
     return value
 
 
@@ -182,7 +199,8 @@ def _check_class(name: Any, default_scope: Any, where: str) -> None:
     scope = scope or default_scope
     if not isinstance(scope, str) or key not in CLASSES.get(scope, ()):
         raise QuantizationError(
-            f'{where}={name!r}: the class is not on the list of those that are built from a file; {OWN}'
+            f'{where}={name!r}: the class is not on the list of those that are built'
+            f' from a file; {OWN}'
         )
     _import(scope)
     found = any(key in registry.module_dict for registry in _registries(scope))
@@ -215,11 +233,25 @@ def _import(scope: str) -> None:
 
 
 class Bounded(TorchFunctionMode):
-    """Within it, no more tensors come into being than a number of values, and a number of calls, allow."""
+    """Within it, no more tensors come into being than a number of values, and a number
+    of calls, allow.
+    """
 
     NEW = frozenset(
         getattr(torch, name)
-        for name in ['empty', 'zeros', 'ones', 'full', 'rand', 'randn', 'randint', 'arange', 'linspace', 'eye', 'randperm']
+        for name in [
+            'empty',
+            'zeros',
+            'ones',
+            'full',
+            'rand',
+            'randn',
+            'randint',
+            'arange',
+            'linspace',
+            'eye',
+            'randperm',
+        ]
     )
 
     def __init__(self, values: int, calls: int) -> None:
@@ -238,12 +270,16 @@ class Bounded(TorchFunctionMode):
         if func in self.NEW:
             self.values -= _count(args) + _count(tuple((kwargs or {}).values()))
         if self.calls < 0 or self.values < 0:
-            raise QuantizationError('the model is much larger than the weights in the file')
+            raise QuantizationError(
+                'the model is much larger than the weights in the file'
+            )
         return func(*args, **(kwargs or {}))
 
 
 def _count(arguments: Any) -> int:
-    """At least so many values as whole numbers among the arguments of a factory ask for."""
+    """At least so many values as whole numbers among the arguments of a factory ask
+    for.
+    """
     product = 1
     for argument in arguments:
         if isinstance(argument, int) and not isinstance(argument, bool):
@@ -269,13 +305,18 @@ def _no_imports_by_name() -> Iterator[None]:
 
 @contextmanager
 def _little_memory(size: int) -> Iterator[None]:
-    """Within it the process gets so many bytes more and no others, where the system can see to that."""
+    """Within it the process gets so many bytes more and no others, where the system can
+    see to that.
+    """
     if resource is None:
         yield
         return
     before = resource.getrlimit(resource.RLIMIT_DATA)
     used = _data_bytes()
-    limits = [used + size, *(limit for limit in before if limit != resource.RLIM_INFINITY)]
+    limits = [
+        used + size,
+        *(limit for limit in before if limit != resource.RLIM_INFINITY),
+    ]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), before[1]))
     try:
         yield
@@ -285,13 +326,23 @@ def _little_memory(size: int) -> Iterator[None]:
 
 def _data_bytes() -> int:
     """What the process has of memory that counts for RLIMIT_DATA."""
-    fields = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
+    fields = dict(
+        line.split(':', 1)
+        for line in Path('/proc/self/status').read_text().splitlines()
+    )
     return int(fields['VmData'].split()[0]) * 1024
 
 
 @contextmanager
 def guarded(tensors: int, values: int) -> Iterator[None]:
-    """Within it a model is built for so many tensors with so many values, and nothing is read or imported by name."""
+    """Within it a model is built for so many tensors with so many values, and nothing
+    is read or imported by name.
+    """
     bounds = Bounded(4 * values + 2**24, 200 * tensors + 50_000)
-    with safe_loading(), _no_imports_by_name(), _little_memory(16 * values + 2**31), bounds:
+    with (
+        safe_loading(),
+        _no_imports_by_name(),
+        _little_memory(16 * values + 2**31),
+        bounds,
+    ):
         yield

@@ -26,7 +26,9 @@ def write_text_atomically(text: str, path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Calls ``write(temporary)``, brings the file that it wrote to disk, and renames it to ``path``."""
+    """Calls ``write(temporary)``, brings the file that it wrote to disk, and renames it
+    to ``path``.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     os.close(handle)
     try:

@@ -1,4 +1,5 @@
 """Calibration images: of the train set, through the test pipeline, seeded."""
+
 from __future__ import annotations
 
 import os
@@ -42,13 +43,21 @@ class CalibrationSet:
             try:
                 item = prepare(index)
             except Exception as error:  # a pipeline may raise anything
-                raise QuantizationError(f'calibration image {path} cannot be read, or prepared by the test pipeline: {error}') from error
+                raise QuantizationError(
+                    f'calibration image {path} cannot be read, or prepared by the test'
+                    f' pipeline: {error}'
+                ) from error
             if item is None:
-                raise QuantizationError(f'calibration image {path} cannot be read: the test pipeline returns nothing for it')
+                raise QuantizationError(
+                    f'calibration image {path} cannot be read: the test pipeline'
+                    ' returns nothing for it'
+                )
             yield pseudo_collate([item])
 
 
-def calibration_dataset(cfg: Config, calib_cfg: str | None = None, on_test: bool = False) -> dict[str, Any]:
+def calibration_dataset(
+    cfg: Config, calib_cfg: str | None = None, on_test: bool = False
+) -> dict[str, Any]:
     """The config of the calibration data set: train images through the test pipeline.
 
     Args:
@@ -61,24 +70,40 @@ def calibration_dataset(cfg: Config, calib_cfg: str | None = None, on_test: bool
     """
     test = cfg.get('test_dataloader') or cfg.get('val_dataloader')
     if not test:
-        raise QuantizationError('the config has neither test_dataloader nor val_dataloader: its pipeline is needed for calibration')
+        raise QuantizationError(
+            'the config has neither test_dataloader nor val_dataloader: its pipeline is'
+            ' needed for calibration'
+        )
     test_dataset = _plain(test['dataset'])
     if on_test:
         return test_dataset
     if calib_cfg is not None:
         train = load_config(calib_cfg).get('train_dataloader')
         if not train:
-            raise QuantizationError(f'{calib_cfg} has no train_dataloader, from which --calib-cfg takes its data set')
+            raise QuantizationError(
+                f'{calib_cfg} has no train_dataloader, from which --calib-cfg takes its'
+                ' data set'
+            )
     else:
         train = cfg.get('train_dataloader')
         if not train:
-            raise QuantizationError('the config has no train_dataloader to take calibration images from; name a config that has '
-                                    'one with --calib-cfg')
-    return _with_pipeline(_plain(train['dataset']), _innermost(test_dataset)['pipeline'])
+            raise QuantizationError(
+                'the config has no train_dataloader to take calibration images from;'
+                ' name a config that has one with --calib-cfg'
+            )
+    return _with_pipeline(
+        _plain(train['dataset']), _innermost(test_dataset)['pipeline']
+    )
 
 
-def build_calibration_set(dataset: Mapping[str, Any], images: int, seed: int, evaluated: Any, on_test: bool,
-                          shuffle: bool = True) -> CalibrationSet:
+def build_calibration_set(
+    dataset: Mapping[str, Any],
+    images: int,
+    seed: int,
+    evaluated: Any,
+    on_test: bool,
+    shuffle: bool = True,
+) -> CalibrationSet:
     """Builds a calibration data set and draws images from it.
 
     Args:
@@ -90,30 +115,51 @@ def build_calibration_set(dataset: Mapping[str, Any], images: int, seed: int, ev
         shuffle: Draw at random; else take the first ones.
 
     Raises:
-        QuantizationError: If it is empty or cannot be built, or holds images of the evaluation that were not asked for.
+        QuantizationError: If it is empty or cannot be built, or holds images of the
+            evaluation that were not asked for.
     """
     if images < 1:
-        raise QuantizationError(f'the calibration set is empty: {images} images were asked for, 1 is the least')
+        raise QuantizationError(
+            f'the calibration set is empty: {images} images were asked for, 1 is the'
+            ' least'
+        )
     try:
         built = DATASETS.build(dict(dataset))
     except Exception as error:  # a data set may raise anything
-        raise QuantizationError(f'the calibration data set cannot be built, or is empty: {type(error).__name__}: {error}') from error
+        raise QuantizationError(
+            'the calibration data set cannot be built, or is empty:'
+            f' {type(error).__name__}: {error}'
+        ) from error
     if not len(built):
-        raise QuantizationError(f'the calibration set is empty: {type(built).__name__} found no image; check its data_root and '
-                                'ann_file, or name another one with --calib-cfg')
-    order = torch.randperm(len(built), generator=torch.Generator().manual_seed(seed)) if shuffle else torch.arange(len(built))
+        raise QuantizationError(
+            f'the calibration set is empty: {type(built).__name__} found no image;'
+            ' check its data_root and ann_file, or name another one with --calib-cfg'
+        )
+    order = (
+        torch.randperm(len(built), generator=torch.Generator().manual_seed(seed))
+        if shuffle
+        else torch.arange(len(built))
+    )
     indices = order[:images].tolist()
     paths = [_path(built, index) for index in indices]
-    evaluation = {os.path.realpath(_path(evaluated, index)) for index in range(len(evaluated))}
+    evaluation = {
+        os.path.realpath(_path(evaluated, index)) for index in range(len(evaluated))
+    }
     leaks = [path for path in paths if os.path.realpath(path) in evaluation]
     if leaks and not on_test:
-        raise QuantizationError(f'leak: {len(leaks)} of {len(paths)} calibration images are also evaluated, for one {leaks[0]}; '
-                                'name other images with --calib-cfg, or ask for the leak with --calib-on-test')
+        raise QuantizationError(
+            f'leak: {len(leaks)} of {len(paths)} calibration images are also evaluated,'
+            f' for one {leaks[0]}; name other images with --calib-cfg, or ask for the'
+            ' leak with --calib-on-test'
+        )
     return CalibrationSet(built, indices, paths, bool(leaks) or on_test)
 
 
-def load_config(config: str | Config, changes: Mapping[str, Any] | None = None) -> Config:
-    """A config by file name, or by ``package::name`` as OpenMMLab's model zoos name theirs; of one that is loaded a copy.
+def load_config(
+    config: str | Config, changes: Mapping[str, Any] | None = None
+) -> Config:
+    """A config by file name, or by ``package::name`` as OpenMMLab's model zoos name
+    theirs; of one that is loaded a copy.
 
     Args:
         config: The name, or the config.
@@ -126,7 +172,9 @@ def load_config(config: str | Config, changes: Mapping[str, Any] | None = None) 
     try:
         cfg.merge_from_dict(dict(changes or {}))
     except (KeyError, TypeError) as error:
-        raise QuantizationError(f'--cfg-options do not fit the config: {error.args[0]}') from None
+        raise QuantizationError(
+            f'--cfg-options do not fit the config: {error.args[0]}'
+        ) from None
     return cfg
 
 
@@ -134,12 +182,15 @@ def _read(config: str) -> Config:
     try:
         if '::' in config:
             from mmengine.hub import get_config
+
             return get_config(config)
         return Config.fromfile(config)
     except FileNotFoundError as error:
         raise QuantizationError(f'config {config} does not exist: {error}') from None
     except Exception as error:  # a config is a program: it may raise anything
-        raise QuantizationError(f'config {config} cannot be read: {type(error).__name__}: {error}') from error
+        raise QuantizationError(
+            f'config {config} cannot be read: {type(error).__name__}: {error}'
+        ) from error
 
 
 def _plain(cfg: Any) -> Any:
@@ -157,7 +208,9 @@ def _innermost(dataset: dict[str, Any]) -> dict[str, Any]:
         elif dataset.get('datasets'):
             dataset = dataset['datasets'][0]
         else:
-            raise QuantizationError(f'the test data set {dataset.get("type")} has no pipeline')
+            raise QuantizationError(
+                f'the test data set {dataset.get("type")} has no pipeline'
+            )
     return dataset
 
 
@@ -165,7 +218,12 @@ def _with_pipeline(dataset: dict[str, Any], pipeline: list[Any]) -> dict[str, An
     if 'dataset' in dataset:  # repeats, balances or mixes the images of another one
         return _with_pipeline(dataset['dataset'], pipeline)
     if 'datasets' in dataset:
-        return {**dataset, 'datasets': [_with_pipeline(part, pipeline) for part in dataset['datasets']]}
+        return {
+            **dataset,
+            'datasets': [
+                _with_pipeline(part, pipeline) for part in dataset['datasets']
+            ],
+        }
     return {**dataset, 'pipeline': pipeline}
 
 

@@ -26,7 +26,8 @@ def test_result(
     """The result of an evaluation.
 
     Args:
-        metrics: By name. One that is NaN (a class without objects) becomes None: JSON has no NaN.
+        metrics: By name. One that is NaN (a class without objects) becomes None: JSON
+            has no NaN.
         seconds: How long it took.
         backend: What computed it, said of a quantized model.
     """
@@ -41,8 +42,9 @@ def test_result(
 def new_runner(cfg: Config) -> Runner:
     """A Runner with a logger of its own.
 
-    mmengine finds loggers by config name and second, so a second Runner of the same config within that
-    second would write to the first one's log file and to a standard output that may be closed by now.
+    mmengine finds loggers by config name and second, so a second Runner of the same
+    config within that second would write to the first one's log file and to a standard
+    output that may be closed by now.
     """
     name = cfg.get('experiment_name') or Path(cfg.filename or 'model').stem
     cfg.experiment_name = f'{name}_{next(_RUNS)}'

@@ -19,7 +19,8 @@ from .ptq import PTQ
 
 @HOOKS.register_module()
 class PTQHook(Hook):
-    """Calibrates a quantizable model before it is tested, unless its checkpoint is calibrated already.
+    """Calibrates a quantizable model before it is tested, unless its checkpoint is
+    calibrated already.
 
     Args:
         work: The work that is under way; by default one on the Runner's model.
@@ -50,10 +51,13 @@ class PTQHook(Hook):
         )
 
     def before_val(self, runner: Runner) -> None:
-        """Raises QuantizationError if the model is not calibrated: only a test calibrates."""
+        """Raises QuantizationError if the model is not calibrated: only a test
+        calibrates.
+        """
         if not is_calibrated(inner_model(runner.model)):
             raise QuantizationError(
-                'the quantized model is not calibrated, and a validation does not do that; run a test'
+                'the quantized model is not calibrated, and a validation does not do'
+                ' that; run a test'
             )
 
     def before_test_epoch(self, runner: Runner) -> None:

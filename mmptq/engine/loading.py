@@ -1,4 +1,6 @@
-"""A checkpoint for a converted model: loaded after a check that it is of this model and this recipe."""
+"""A checkpoint for a converted model: loaded after a check that it is of this model and
+this recipe.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from .calibration import quantization
 
 
 def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> list[str]:
-    """Loads a checkpoint into a converted model, float or calibrated by the model's own recipe.
+    """Loads a checkpoint into a converted model, float or calibrated by the model's own
+    recipe.
 
     Args:
         model: The detector or segmentor.
@@ -28,8 +31,8 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
         Surplus keys, see :func:`load_checked`.
 
     Raises:
-        QuantizationError: If it was calibrated by another recipe or at another scope, does not fit, or
-            holds values that are not finite.
+        QuantizationError: If it was calibrated by another recipe or at another scope,
+            does not fit, or holds values that are not finite.
     """
     report = quantization(model)
     made = how_made(checkpoint, source)
@@ -45,7 +48,8 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
 
     if is_calibrated(model) and not made:
         raise QuantizationError(
-            f'{source} has parameters of quantizers, but does not say by which recipe it was made'
+            f'{source} has parameters of quantizers, but does not say by which recipe'
+            ' it was made'
         )
     if made and not is_calibrated(model):
         raise QuantizationError(
@@ -57,7 +61,8 @@ def load_verified(model: Any, checkpoint: Mapping[str, Any], source: str) -> lis
 def leave_same_float(
     model: Any, report: ConversionReport, made: About, source: str
 ) -> None:
-    """Leaves those layers of neck and heads float that the calibration of a file left so.
+    """Leaves those layers of neck and heads float that the calibration of a file left
+    so.
 
     Only where its recipe is else the model's.
 

@@ -18,11 +18,13 @@ RANKS = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RAN
 
 @contextmanager
 def locked(work_dir: Path, launcher: str = 'none') -> Iterator[None]:
-    """Within it no other run writes to a directory; the lock ends with the process, however that ends.
+    """Within it no other run writes to a directory; the lock ends with the process,
+    however that ends.
 
     Args:
         work_dir: The directory.
-        launcher: What started the run. Of several processes the first one holds the lock for all.
+        launcher: What started the run. Of several processes the first one holds the
+            lock for all.
 
     Raises:
         QuantizationError: If another run holds it.
@@ -35,8 +37,8 @@ def locked(work_dir: Path, launcher: str = 'none') -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise QuantizationError(
-            f'another run writes to work_dir {work_dir}; wait for it, or name another one with '
-            '--work-dir'
+            f'another run writes to work_dir {work_dir}; wait for it, or name another'
+            ' one with --work-dir'
         ) from None
     try:
         yield

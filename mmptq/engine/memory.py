@@ -1,4 +1,5 @@
 """How much memory there is, and how much was needed."""
+
 from __future__ import annotations
 
 import resource
@@ -11,19 +12,30 @@ MIB = 2**20
 
 
 def available() -> int | None:
-    """Memory that can still be taken, bytes: of the machine, or of the container if that has less. None if unknown."""
+    """Memory that can still be taken, bytes: of the machine, or of the container if
+    that has less. None if unknown.
+    """
     found = []
     meminfo = Path('/proc/meminfo')
     if meminfo.exists():
-        found += [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if line.startswith('MemAvailable:')]
-    limit, used = Path('/sys/fs/cgroup/memory.max'), Path('/sys/fs/cgroup/memory.current')
+        found += [
+            int(line.split()[1]) * 1024
+            for line in meminfo.read_text().splitlines()
+            if line.startswith('MemAvailable:')
+        ]
+    limit, used = (
+        Path('/sys/fs/cgroup/memory.max'),
+        Path('/sys/fs/cgroup/memory.current'),
+    )
     if limit.exists() and used.exists() and limit.read_text().strip() != 'max':
         found.append(int(limit.read_text()) - int(used.read_text()))
     return min(found, default=None)
 
 
 class Peak:
-    """The largest memory in use since it was made: of the GPU if the model is on one, else of the process."""
+    """The largest memory in use since it was made: of the GPU if the model is on one,
+    else of the process.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -31,7 +43,9 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(device)
         else:
             try:
-                Path('/proc/self/clear_refs').write_text('5')  # Linux: resets the high-water mark
+                Path('/proc/self/clear_refs').write_text(
+                    '5'
+                )  # Linux: resets the high-water mark
             except OSError:
                 pass
 

@@ -1,4 +1,5 @@
-"""The options of a run, once: for the command line, for :func:`mmptq.apis.quantize` and for PTQHook.
+"""The options of a run, once: for the command line, for :func:`mmptq.apis.quantize` and
+for PTQHook.
 
 A new option touches two places: its field here, and where it is used.
 """
@@ -74,8 +75,8 @@ class Options(BaseModel):
 
     recipe: str | Mapping[str, Any] | None = option(
         None,
-        'METHOD_wXaY (default: adalog_w4a4, or that of a quantized checkpoint), a variant of it '
-        '(adalog_w4a4_fast), or a config file that defines `recipe`',
+        'METHOD_wXaY (default: adalog_w4a4, or that of a quantized checkpoint), a'
+        ' variant of it (adalog_w4a4_fast), or a config file that defines `recipe`',
     )
     method: str | None = option(
         None, f'instead of --recipe: one of {", ".join(recipe_names())}'
@@ -88,7 +89,8 @@ class Options(BaseModel):
     )
     softmax_bits: int | None = option(
         None,
-        'with --method: bits of attention probabilities (default: those of activations)',
+        'with --method: bits of attention probabilities (default: those of'
+        ' activations)',
     )
     keep_float: list[str] = option(
         [],
@@ -96,8 +98,8 @@ class Options(BaseModel):
     )
     layer_bits: Mapping[str, Sequence[int]] = option(
         {},
-        'PATTERN=W,A or PATTERN=W,A,S: other bits of weights, activations and attention '
-        'probabilities for single layers',
+        'PATTERN=W,A or PATTERN=W,A,S: other bits of weights, activations and attention'
+        ' probabilities for single layers',
     )
     scope: Literal['backbone', 'model'] | None = option(
         None,
@@ -119,8 +121,8 @@ class Options(BaseModel):
     )
     as_in_paper: bool = option(
         False,
-        'with a uqvit_* recipe: the setting of its official detection code, on the first two '
-        'evaluation images: a leak, logged as one',
+        'with a uqvit_* recipe: the setting of its official detection code, on the'
+        ' first two evaluation images: a leak, logged as one',
         flag='--paper-protocol',
     )
     seed: int = option(
@@ -140,13 +142,14 @@ class Options(BaseModel):
     )
     backend: Literal['simulated', 'integer'] = option(
         'simulated',
-        'how the quantized model is evaluated: rounded values in float32, or integers (default: '
-        'simulated)',
+        'how the quantized model is evaluated: rounded values in float32, or integers'
+        ' (default: simulated)',
         hook='backend',
     )
     resume: bool = option(
         False,
-        'go on after the last block that an interrupted run in the same --work-dir calibrated',
+        'go on after the last block that an interrupted run in the same --work-dir'
+        ' calibrated',
         hook='resume',
     )
 
@@ -183,7 +186,9 @@ class Options(BaseModel):
         return self.shuffle and not self.as_in_paper
 
     def asked_recipe(self) -> str | Mapping[str, Any] | None:
-        """The recipe that was asked for, by name or by method and bits; None if none was."""
+        """The recipe that was asked for, by name or by method and bits; None if none
+        was.
+        """
         if not self.method:
             return self.recipe
         bits = [4 if bits is None else bits for bits in (self.w_bits, self.a_bits)]
@@ -282,28 +287,28 @@ def _check_pairs(options: Options, spelled: Mapping[str, str]) -> None:
     bits = (options.w_bits, options.a_bits, options.softmax_bits)
     if options.recipe and options.method:
         raise QuantizationError(
-            f'give {spelled["recipe"]}, or {spelled["method"]} with {spelled["w_bits"]} and '
-            f'{spelled["a_bits"]}, not both'
+            f'give {spelled["recipe"]}, or {spelled["method"]} with {spelled["w_bits"]}'
+            f' and {spelled["a_bits"]}, not both'
         )
     if not options.method and any(number is not None for number in bits):
         raise QuantizationError(
-            f'{spelled["w_bits"]}, {spelled["a_bits"]} and {spelled["softmax_bits"]} go with '
-            f'{spelled["method"]}'
+            f'{spelled["w_bits"]}, {spelled["a_bits"]} and {spelled["softmax_bits"]} go'
+            f' with {spelled["method"]}'
         )
     if options.as_in_paper and options.calib_images is not None:
         raise QuantizationError(
-            f'{spelled["as_in_paper"]} calibrates on {PAPER_IMAGES} evaluation images: drop '
-            f'{spelled["calib_images"]}'
+            f'{spelled["as_in_paper"]} calibrates on {PAPER_IMAGES} evaluation images:'
+            f' drop {spelled["calib_images"]}'
         )
     if options.as_in_paper and options.calib_cfg is not None:
         raise QuantizationError(
-            f'the paper protocol ({spelled["as_in_paper"]}) calibrates on evaluation images: '
-            f'{spelled["calib_cfg"]} has no place in it'
+            f'the paper protocol ({spelled["as_in_paper"]}) calibrates on evaluation'
+            f' images: {spelled["calib_cfg"]} has no place in it'
         )
     if options.backend != 'simulated' and not options.evaluate:
         raise QuantizationError(
-            f'the backend {options.backend} is how the model is evaluated, and it is not to be; leave '
-            'out one of the two'
+            f'the backend {options.backend} is how the model is evaluated, and it is'
+            ' not to be; leave out one of the two'
         )
 
 

@@ -1,4 +1,5 @@
 """Progress of the calibration: a bar on a terminal, lines in a log."""
+
 from __future__ import annotations
 
 import logging
@@ -7,7 +8,14 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ..calibration import BlockResult
 
@@ -26,8 +34,19 @@ class BlockProgress:
         self.count = 0
         self.started = time.perf_counter()
         console = Console(stderr=True)
-        self.bar = Progress(TextColumn('calibrating {task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                            TextColumn('ETA'), TimeRemainingColumn(), console=console) if console.is_terminal else None
+        self.bar = (
+            Progress(
+                TextColumn('calibrating {task.description}'),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn('ETA'),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            if console.is_terminal
+            else None
+        )
         self.task = self.bar.add_task('', total=total) if self.bar else None
 
     def __enter__(self) -> BlockProgress:
@@ -35,7 +54,12 @@ class BlockProgress:
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -50,8 +74,15 @@ class BlockProgress:
         if self.bar and self.task is not None:
             self.bar.advance(self.task)
             return
-        known = [value for value in result.sqnr_db.values() if value is not None and math.isfinite(value)]
+        known = [
+            value
+            for value in result.sqnr_db.values()
+            if value is not None and math.isfinite(value)
+        ]
         seconds = time.perf_counter() - self.started
         eta = seconds / self.count * (self.total - self.count)
         worst = f', least SQNR {min(known):.1f} dB' if known else ''
-        self.logger.info(f'calibrated [{self.count}/{self.total}] {result.name}{worst}, {seconds:.1f} s, eta {eta:.0f} s')
+        self.logger.info(
+            f'calibrated [{self.count}/{self.total}] {result.name}{worst},'
+            f' {seconds:.1f} s, eta {eta:.0f} s'
+        )

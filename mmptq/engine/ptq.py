@@ -45,7 +45,8 @@ PROGRESS = 'calibration_progress.pth'
 
 
 class PTQ:
-    """The quantization of one detector or segmentor, step by step; who calls it decides when.
+    """The quantization of one detector or segmentor, step by step; who calls it decides
+    when.
 
     Args:
         options: What the user wants.
@@ -79,13 +80,15 @@ class PTQ:
         """Loads a checkpoint; every key is checked, which a Runner does not do.
 
         Raises:
-            QuantizationError: If it is of another model or recipe, see :func:`load_verified`.
+            QuantizationError: If it is of another model or recipe, see
+                :func:`load_verified`.
         """
         surplus = load_verified(model, checkpoint, self.source)
         if surplus:
             self.logger.warning(
                 printable(
-                    f'the checkpoint has keys that the model does not: {some(surplus, 20)}'
+                    'the checkpoint has keys that the model does not:'
+                    f' {some(surplus, 20)}'
                 )
             )
         self._dataset_meta = dataset_meta(checkpoint)
@@ -101,9 +104,10 @@ class PTQ:
             test_set: Builds the data set of the evaluation.
 
         Raises:
-            QuantizationError: If a data set cannot be built or is empty, if an image cannot be read, or is
-                evaluated without this being asked for; if an attention has other than two products; if
-                the config cannot be packed and is to be.
+            QuantizationError: If a data set cannot be built or is empty, if an image
+                cannot be read, or is evaluated without this being asked for; if an
+                attention has other than two products; if the config cannot be packed
+                and is to be.
         """
         options = self.options
         if options.pack:
@@ -118,7 +122,9 @@ class PTQ:
 
         dataset = options.dataset
         if dataset is None:
-            dataset = calibration_dataset(self.cfg, options.calib_config, options.on_test)
+            dataset = calibration_dataset(
+                self.cfg, options.calib_config, options.on_test
+            )
         images = build_calibration_set(
             dataset,
             options.images,
@@ -135,8 +141,8 @@ class PTQ:
         return images
 
     def run(self, model: Any, test_set: Callable[[], Any]) -> None:
-        """Calibrates and writes files if that is still to be done; then makes the model one of integers,
-        if it is to be evaluated so.
+        """Calibrates and writes files if that is still to be done; then makes the model
+        one of integers, if it is to be evaluated so.
 
         Args:
             model: The converted model, its checkpoint loaded.
@@ -194,7 +200,9 @@ class PTQ:
         return new_summary(model, calibration, self.float_result, ratios)
 
     def _summary_of_file(self, model: Any) -> Summary:
-        """What the file says of its calibration; layers and sizes are those of the model itself."""
+        """What the file says of its calibration; layers and sizes are those of the
+        model itself.
+        """
         assert (
             self._about is not None
         )  # load would have refused a calibrated file that says nothing
@@ -253,7 +261,8 @@ class PTQ:
         self._converted = True
         counts = Counter(paths.values()).most_common()
         self.logger.info(
-            f'the model is evaluated in integers; of its {len(paths)} quantized operations run: '
+            f'the model is evaluated in integers; of its {len(paths)} quantized'
+            ' operations run: '
             + '; '.join(f'{count} as {path}' for path, count in counts)
         )
         layers = [
@@ -313,10 +322,11 @@ def log_images(logger: logging.Logger, images: CalibrationSet, wanted: int) -> N
     )
     if len(images.paths) < wanted:
         logger.warning(
-            f'calibration: {wanted} images were asked for, {name} has only {len(images.paths)}'
+            f'calibration: {wanted} images were asked for, {name} has only'
+            f' {len(images.paths)}'
         )
     if images.leak:
         logger.warning(
-            'leak: the model is calibrated on images that it is evaluated on; its metrics are no fair '
-            'estimate'
+            'leak: the model is calibrated on images that it is evaluated on; its'
+            ' metrics are no fair estimate'
         )

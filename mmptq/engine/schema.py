@@ -1,4 +1,6 @@
-"""JSON Schema of ``summary.json`` and of the options: ``python -m mmptq.engine.schema docs/schema``."""
+"""JSON Schema of ``summary.json`` and of the options: ``python -m mmptq.engine.schema
+docs/schema``.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def schemas() -> dict[str, str]:
 
 
 def options_schema() -> dict[str, Any]:
-    """The options of :func:`mmptq.apis.quantize`, with their names on the command line and in PTQHook."""
+    """The options of :func:`mmptq.apis.quantize`, with their names on the command line
+    and in PTQHook.
+    """
     schema = Options.model_json_schema()
     for name, about in schema['properties'].items():
         for key in extra(name):

@@ -1,4 +1,6 @@
-"""What stands in for a part of a module for a while: the one way in which a forward is changed."""
+"""What stands in for a part of a module for a while: the one way in which a forward is
+changed.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ class StandIn(NamedTuple):
     Attributes:
         module: The module.
         name: The attribute: a method, a buffer or a parameter.
-        value: What is there meanwhile: a function that is called without ``self``, a tensor, or
-            for a parameter its data, in a tensor of the same shape.
+        value: What is there meanwhile: a function that is called without ``self``, a
+            tensor, or for a parameter its data, in a tensor of the same shape.
     """
 
     module: nn.Module
@@ -31,7 +33,9 @@ def in_place_of_forward(module: nn.Module, forward: Callable[..., Any]) -> Stand
 
 @contextmanager
 def standing_in(stand_ins: Iterable[StandIn]) -> Iterator[None]:
-    """Inside, the stand-ins are in place; afterwards all is as before, also after an error."""
+    """Inside, the stand-ins are in place; afterwards all is as before, also after an
+    error.
+    """
     with ExitStack() as restored:
         for stand_in in stand_ins:
             restored.callback(_put(*stand_in))

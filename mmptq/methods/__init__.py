@@ -1,4 +1,5 @@
 """HOW parameters are chosen: one paper, one file."""
+
 from .adalog import AdaLog
 from .adalog_brecq import AdaLogBRECQ
 from .brecq import BRECQ

@@ -1,4 +1,5 @@
 """Min-max: every range covers all values seen. The floor that any method must beat."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -37,5 +38,10 @@ class MinMax:
         """See :class:`mmptq.calibration.Stage`."""
         for (name, role), (low, high) in block.extremes.items():
             quantizer = block.ops[name].quantizer(role)
-            quantizer.set(**{key: quantizer.ungrouped(value) for key, value in quantizer.range_params(low, high).items()})
+            quantizer.set(
+                **{
+                    key: quantizer.ungrouped(value)
+                    for key, value in quantizer.range_params(low, high).items()
+                }
+            )
         return True

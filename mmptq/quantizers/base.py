@@ -1,4 +1,7 @@
-"""The quantizer that all others are: parameters that are absent until calibrated, an encoder and a decoder."""
+"""The quantizer that all others are: parameters that are absent until calibrated, an
+encoder and a decoder.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -14,15 +17,25 @@ Params = dict[str, Tensor]
 
 
 CHUNK = 2**16
-"""Elements that a chain of element-wise operations takes at a time on a CPU: they stay in its cache."""
+"""Elements that a chain of element-wise operations takes at a time on a CPU: they stay
+in its cache.
+"""
 
 
 Change = Callable[[Tensor], Tensor]
-"""A change of a tensor before it is quantized, by the last dimension only (:mod:`mmptq.layers.rescale`)."""
+"""A change of a tensor before it is quantized, by the last dimension only
+(:mod:`mmptq.layers.rescale`).
+"""
 
 
-def in_chunks(chain: Callable[[Tensor, Tensor], object], x: Tensor, split: bool = True, before: Change | None = None) -> Tensor:
-    """A new tensor that ``chain(piece, out)`` fills, by pieces of the first dimension; without gradient, since rounding has none.
+def in_chunks(
+    chain: Callable[[Tensor, Tensor], object],
+    x: Tensor,
+    split: bool = True,
+    before: Change | None = None,
+) -> Tensor:
+    """A new tensor that ``chain(piece, out)`` fills, by pieces of the first dimension;
+    without gradient, since rounding has none.
 
     ``before`` is applied to each piece first.
     """
@@ -38,7 +51,9 @@ def in_chunks(chain: Callable[[Tensor, Tensor], object], x: Tensor, split: bool 
 
 
 def is_traced() -> bool:
-    """Whether torch.export or torch.compile is looking: they understand the plain formulas, and fuse them themselves."""
+    """Whether torch.export or torch.compile is looking: they understand the plain
+    formulas, and fuse them themselves.
+    """
     return hasattr(torch.compiler, 'is_compiling') and torch.compiler.is_compiling()
 
 
@@ -58,10 +73,12 @@ class Grid:
 
 
 class Calibrated(nn.Module):
-    """A module whose parameters are absent until they are calibrated. Without them it is the identity.
+    """A module whose parameters are absent until they are calibrated. Without them it
+    is the identity.
 
-    Parameters are buffers, ``None`` until :meth:`set` or a checkpoint provides them, so that there is no other state:
-    a float checkpoint and a quantized one load into the same module.
+    Parameters are buffers, ``None`` until :meth:`set` or a checkpoint provides them, so
+    that there is no other state: a float checkpoint and a quantized one load into the
+    same module.
     """
 
     param_names: ClassVar[tuple[str, ...]]
@@ -71,7 +88,8 @@ class Calibrated(nn.Module):
         super().__init__()
         for name in self.param_names:
             self.register_buffer(name, None)
-        # Goes where the module goes, so that parameters from a checkpoint land on its device.
+        # Goes where the module goes, so that parameters from a checkpoint land on its
+        # device.
         self.register_buffer('place', torch.empty(0), persistent=False)
 
     @property
@@ -87,7 +105,10 @@ class Calibrated(nn.Module):
             ValueError: If a parameter is missing, unknown, or has a :meth:`fault`.
         """
         if set(params) != set(self.param_names):
-            raise ValueError(f'{type(self).__name__} takes the parameters {self.param_names}, not {tuple(params)}')
+            raise ValueError(
+                f'{type(self).__name__} takes the parameters {self.param_names}, not'
+                f' {tuple(params)}'
+            )
         for name, value in params.items():
             fault = self.fault(name, value)
             if fault:
@@ -97,11 +118,16 @@ class Calibrated(nn.Module):
     def fault(self, name: str, value: Tensor) -> str | None:
         """Why a value cannot be that of a parameter, if it is so.
 
-        Here: another number of dimensions than :meth:`param_ndim`, another type than float32 or
-        float64, values that are not finite, a scale that is not positive or too small to divide by.
+        Here: another number of dimensions than :meth:`param_ndim`, another type than
+            float32 or
+        float64, values that are not finite, a scale that is not positive or too small
+        to divide by.
         """
         if value.ndim != self.param_ndim():
-            return f'has the shape {tuple(value.shape)}, not {self.param_ndim()} dimensions'
+            return (
+                f'has the shape {tuple(value.shape)}, not {self.param_ndim()}'
+                ' dimensions'
+            )
         if value.dtype not in (torch.float32, torch.float64):
             return f'is of type {value.dtype}, not float32'
         if not torch.isfinite(value).all():
@@ -121,16 +147,27 @@ class Calibrated(nn.Module):
         """Number of dimensions of each parameter."""
         raise NotImplementedError
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Raised, not collected: who loads with strict=False passes over what is collected.
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        # Raised, not collected: who loads with strict=False passes over what is
+        # collected.
         for name in self.param_names:
             value = state_dict.get(prefix + name)
             fault = None if value is None else self.fault(name, value)
-            if fault is None and value is not None and value.is_floating_point() and value.dtype != self.place.dtype:
+            if (
+                fault is None
+                and value is not None
+                and value.is_floating_point()
+                and value.dtype != self.place.dtype
+            ):
                 fault = f'is of type {value.dtype}, not {self.place.dtype}'
             if fault:
-                raise QuantizationError(f'{prefix}{name} {fault}, as {type(self).__name__} needs it')
-        # A buffer that is None is not in the module's state: make room for what the checkpoint brings.
+                raise QuantizationError(
+                    f'{prefix}{name} {fault}, as {type(self).__name__} needs it'
+                )
+        # A buffer that is None is not in the module's state: make room for what the
+        # checkpoint brings.
         for name in self.param_names:
             value = state_dict.get(prefix + name)
             present = getattr(self, name)
@@ -141,18 +178,23 @@ class Calibrated(nn.Module):
 
 def calibrated_parts(module: nn.Module) -> dict[str, Calibrated]:
     """All modules in a module that need parameters, by name."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, Calibrated) and child.param_names}
+    return {
+        name: child
+        for name, child in module.named_modules()
+        if isinstance(child, Calibrated) and child.param_names
+    }
 
 
 class Quantizer(Calibrated):
     """Maps a tensor to integer codes and back.
 
-    Parameters broadcast against the tensor: shape ``()`` when ``axis`` is None, else ``(n, 1, ..., 1)`` with ``n`` at
-    ``axis``.
+    Parameters broadcast against the tensor: shape ``()`` when ``axis`` is None, else
+    ``(n, 1, ..., 1)`` with ``n`` at ``axis``.
 
     Args:
         bits: Width of a code, 2 to 8.
-        axis: Negative axis of the tensor along which parameters differ (output channels, heads), or None for one set.
+        axis: Negative axis of the tensor along which parameters differ (output
+            channels, heads), or None for one set.
 
     Raises:
         ValueError: If ``bits`` is not an integer in 2..8, or ``axis`` is not negative.
@@ -161,19 +203,27 @@ class Quantizer(Calibrated):
     uniform: ClassVar[bool] = False
     """Whether codes are multiples of a step, so that integers can multiply them."""
     signed: ClassVar[bool] = True
-    """Whether values below zero have codes of their own; if not, a recipe may name it only where there are hardly any."""
+    """Whether values below zero have codes of their own; if not, a recipe may name it
+    only where there are hardly any.
+    """
     dynamic: ClassVar[bool] = False
-    """Whether ranges come from each tensor itself, so that there is nothing to search; parameters are from :meth:`observed`."""
+    """Whether ranges come from each tensor itself, so that there is nothing to search;
+    parameters are from :meth:`observed`.
+    """
 
     groups: int | None = None
-    """How many sets of parameters there are along ``axis`` (output channels, heads), where that is known."""
+    """How many sets of parameters there are along ``axis`` (output channels, heads),
+    where that is known.
+    """
 
     def __init__(self, bits: int, axis: int | None = None) -> None:
         super().__init__()
         if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
             raise ValueError(f'bits must be an integer from 2 to 8, not {bits!r}')
         if axis is not None and axis >= 0:
-            raise ValueError(f'axis counts from the end and must be negative, not {axis}')
+            raise ValueError(
+                f'axis counts from the end and must be negative, not {axis}'
+            )
         self.bits = bits
         self.axis = axis
 
@@ -191,7 +241,9 @@ class Quantizer(Calibrated):
         return 0 if self.axis is None else -self.axis
 
     def fault(self, name: str, value: Tensor) -> str | None:
-        """As in :class:`Calibrated`; also a number of sets of parameters that the tensor does not have."""
+        """As in :class:`Calibrated`; also a number of sets of parameters that the
+        tensor does not have.
+        """
         if value.ndim == self.param_ndim() and self.axis is not None:
             groups = value.shape[0] if self.groups is None else self.groups
             shape = (groups, *[1] * (self.param_ndim() - 1))
@@ -207,8 +259,12 @@ class Quantizer(Calibrated):
         """The values that the codes stand for, in the dtype of the scale."""
         raise NotImplementedError
 
-    def fake_quantize(self, x: Tensor, before: Change | None = None, **params: Tensor) -> Tensor:
-        """``decode(encode(before(x)))``, by a faster way where there is one with the same bits."""
+    def fake_quantize(
+        self, x: Tensor, before: Change | None = None, **params: Tensor
+    ) -> Tensor:
+        """``decode(encode(before(x)))``, by a faster way where there is one with the
+        same bits.
+        """
         return self.decode(self.encode(before(x) if before else x, **params), **params)
 
     def rounder(self, x: Tensor) -> Callable[..., Tensor]:
@@ -218,12 +274,15 @@ class Quantizer(Calibrated):
             x: Shape (groups, batch, rows, inner).
 
         Returns:
-            A function of parameters of shape (n, groups) or (n, 1), by name, that gives (groups, batch, n, rows, inner).
+            A function of parameters of shape (n, groups) or (n, 1), by name, that gives
+            (groups, batch, n, rows, inner).
         """
         raise NotImplementedError
 
     def range_params(self, low: Tensor, high: Tensor) -> Params:
-        """Parameters that cover ``[low, high]``; both tensors broadcast against the quantized one."""
+        """Parameters that cover ``[low, high]``; both tensors broadcast against the
+        quantized one.
+        """
         raise NotImplementedError
 
     def observed(self, samples: Sequence[Tensor]) -> Params:
@@ -234,10 +293,14 @@ class Quantizer(Calibrated):
         params = self.params
         if params is None or is_traced():
             x = before(x) if before else x
-            return x if params is None else self.decode(self.encode(x, **params), **params)
+            return (
+                x if params is None else self.decode(self.encode(x, **params), **params)
+            )
         return self.fake_quantize(x, before=before, **params)
 
-    def candidates(self, values: Tensor, count: int, present: Params | None = None) -> Grid:
+    def candidates(
+        self, values: Tensor, count: int, present: Params | None = None
+    ) -> Grid:
         """A first grid of parameters to choose from.
 
         Args:
@@ -247,7 +310,9 @@ class Quantizer(Calibrated):
         """
         raise NotImplementedError
 
-    def refine(self, grid: Grid, errors: Tensor, values: Tensor, count: int, width: int) -> Grid | None:
+    def refine(
+        self, grid: Grid, errors: Tensor, values: Tensor, count: int, width: int
+    ) -> Grid | None:
         """A finer grid around the best of a grid, or None if there is none.
 
         Args:
@@ -261,20 +326,30 @@ class Quantizer(Calibrated):
 
     def grouped(self, x: Tensor) -> Tensor:
         """A tensor as (groups, values): a row for each set of parameters."""
-        return x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
+        return (
+            x.reshape(1, -1)
+            if self.axis is None
+            else x.movedim(self.axis, 0).flatten(1)
+        )
 
     def ungrouped(self, params: Tensor) -> Tensor:
-        """Parameters (..., groups) in the shape that broadcasts against the quantized tensor."""
+        """Parameters (..., groups) in the shape that broadcasts against the quantized
+        tensor.
+        """
         if self.axis is None:
             return params.squeeze(-1)
         return params.view(*params.shape, *[1] * (-self.axis - 1))
 
     def extra_repr(self) -> str:
-        return f'bits={self.bits}' + ('' if self.axis is None else f', axis={self.axis}')
+        return f'bits={self.bits}' + (
+            '' if self.axis is None else f', axis={self.axis}'
+        )
 
 
 class Float(Quantizer):
-    """Leaves a tensor as it is, in float. For a site that a recipe does not quantize; ``bits`` is ignored."""
+    """Leaves a tensor as it is, in float. For a site that a recipe does not quantize;
+    ``bits`` is ignored.
+    """
 
     param_names = ()
 
@@ -287,18 +362,34 @@ class Float(Quantizer):
 
 
 def best_of(grid: Grid, errors: Tensor, width: int) -> Params:
-    """The ``width`` members of a grid with the least errors, by group: parameters of shape (width, groups)."""
-    order = errors.sort(dim=0, stable=True).indices[:width]  # stable: of equals, the first
-    return {name: value.expand(errors.shape).gather(0, order) for name, value in grid.params.items()}
+    """The ``width`` members of a grid with the least errors, by group: parameters of
+    shape (width, groups).
+    """
+    order = errors.sort(dim=0, stable=True).indices[
+        :width
+    ]  # stable: of equals, the first
+    return {
+        name: value.expand(errors.shape).gather(0, order)
+        for name, value in grid.params.items()
+    }
 
 
 def beside(params: Tensor) -> Tensor:
-    """Parameters (n, groups) as they broadcast against values (groups, batch, 1, rows, inner)."""
+    """Parameters (n, groups) as they broadcast against values (groups, batch, 1, rows,
+    inner).
+    """
     return params.t().contiguous()[:, None, :, None, None]
 
 
 def around(center: Tensor, spacing: Tensor, count: int) -> Tensor:
-    """``count`` positive scales within half a spacing of each of (m, groups) scales: (m count, groups)."""
-    offsets = torch.linspace(-0.5, 0.5, count, dtype=center.dtype, device=center.device)[:, None] * spacing  # (count, groups)
+    """``count`` positive scales within half a spacing of each of (m, groups) scales: (m
+    count, groups).
+    """
+    offsets = (
+        torch.linspace(-0.5, 0.5, count, dtype=center.dtype, device=center.device)[
+            :, None
+        ]
+        * spacing
+    )  # (count, groups)
     scales = (center[:, None] + offsets).flatten(0, 1)
     return torch.where(scales > 0, scales, center.repeat_interleave(count, 0))

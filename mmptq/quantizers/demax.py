@@ -1,4 +1,7 @@
-"""DeMax: rows quantized without their largest entries, which are kept apart (UQ-ViT, AAAI 2026)."""
+"""DeMax: rows quantized without their largest entries, which are kept apart (UQ-ViT,
+AAAI 2026).
+"""
+
 from __future__ import annotations
 
 import math
@@ -20,7 +23,8 @@ class Side(NamedTuple):
     Attributes:
         maximum: The entries taken out, (..., rows, maxima).
         position: Where they stood, (..., rows, maxima).
-        step: The value of a code's unit, (..., rows, 1); 0 where nothing else is in the row.
+        step: The value of a code's unit, (..., rows, 1); 0 where nothing else is in the
+            row.
     """
 
     maximum: Tensor
@@ -32,21 +36,26 @@ Codes = tuple[Tensor, Side]
 
 
 class DeMaxQuantizer(Quantizer):
-    """Uniform quantization of each row (the last dimension) of attention probabilities, its largest entry apart.
+    """Uniform quantization of each row (the last dimension) of attention probabilities,
+    its largest entry apart.
 
-    ``j* = argmax a``, ``m = a_j*``; without it, ``D = max a / (N - 1)`` and codes ``clip(round(a / D), 0, N - 1)``. Nothing is stored:
-    each row has its own m, j* and D, the side data. A row with no other entry is exact. Of equal maxima the first is taken out.
+    ``j* = argmax a``, ``m = a_j*``; without it, ``D = max a / (N - 1)`` and codes
+    ``clip(round(a / D), 0, N - 1)``. Nothing is stored: each row has its own m, j* and
+    D, the side data. A row with no other entry is exact. Of equal maxima the first is
+    taken out.
 
     Args:
         bits: Width of a code, 2 to 8.
         maxima: Entries of a row that are taken out, one after another.
         side: Type of m and D, ``float32`` or ``float16``.
 
-    Parameters: ``length`` (float, shape ()), entries of a row in calibration on the average; its being there says that the model is
+    Parameters: ``length`` (float, shape ()), entries of a row in calibration on the
+        average; its being there says that the model is
     quantized, and the effective bits follow from it.
 
     Raises:
-        ValueError: If ``maxima`` is not a whole number of at least 1, or ``side`` is unknown.
+        ValueError: If ``maxima`` is not a whole number of at least 1, or ``side`` is
+            unknown.
     """
 
     param_names = ('length',)
@@ -58,7 +67,9 @@ class DeMaxQuantizer(Quantizer):
     def __init__(self, bits: int, maxima: int = 1, side: str = 'float32') -> None:
         super().__init__(bits)
         if isinstance(maxima, bool) or not isinstance(maxima, int) or maxima < 1:
-            raise ValueError(f'maxima must be a whole number and at least 1, not {maxima!r}')
+            raise ValueError(
+                f'maxima must be a whole number and at least 1, not {maxima!r}'
+            )
         if not isinstance(side, str) or side not in SIDES:
             raise ValueError(f'side is one of {", ".join(SIDES)}, not {side!r}')
         self.maxima, self.side = maxima, side
@@ -72,7 +83,9 @@ class DeMaxQuantizer(Quantizer):
 
     @property
     def effective_bits(self) -> float:
-        """Bits of an entry with its share of the row's side data, for rows as long as in calibration."""
+        """Bits of an entry with its share of the row's side data, for rows as long as
+        in calibration.
+        """
         if self.length is None:
             return float(self.bits)
         return self.bits + self.side_bits(float(self.length)) / float(self.length)
@@ -83,9 +96,13 @@ class DeMaxQuantizer(Quantizer):
         return value * (taken + 1) + taken * math.ceil(math.log2(max(2.0, length)))
 
     def observed(self, samples: Sequence[Tensor]) -> Params:
-        """The parameters from samples of what will be quantized, (..., rows, length) each."""
+        """The parameters from samples of what will be quantized, (..., rows, length)
+        each.
+        """
         rows = [x.shape[:-1].numel() for x in samples]
-        length = sum(count * x.shape[-1] for count, x in zip(rows, samples, strict=True)) / max(1, sum(rows))
+        length = sum(
+            count * x.shape[-1] for count, x in zip(rows, samples, strict=True)
+        ) / max(1, sum(rows))
         return {'length': samples[0].new_tensor(length)}
 
     def encode(self, x: Tensor, length: Tensor) -> Codes:  # type: ignore[override]
@@ -95,9 +112,13 @@ class DeMaxQuantizer(Quantizer):
 
     def decode(self, codes: Codes, length: Tensor) -> Tensor:  # type: ignore[override]
         kept, side = codes
-        return (kept.to(side.step.dtype) * side.step).scatter(-1, side.position, side.maximum)
+        return (kept.to(side.step.dtype) * side.step).scatter(
+            -1, side.position, side.maximum
+        )
 
-    def fake_quantize(self, x: Tensor, length: Tensor, before: Change | None = None) -> Tensor:  # type: ignore[override]
+    def fake_quantize(
+        self, x: Tensor, length: Tensor, before: Change | None = None
+    ) -> Tensor:  # type: ignore[override]
         def chain(piece: Tensor, out: Tensor) -> None:
             side = self._codes(piece, out)
             out.mul_(side.step).scatter_(-1, side.position, side.maximum)
@@ -107,7 +128,10 @@ class DeMaxQuantizer(Quantizer):
     def _codes(self, x: Tensor, out: Tensor) -> Side:
         """Writes the codes into ``out``."""
         out.copy_(x)
-        taken, gone = [], -1 if self.maxima > 1 else 0  # below all others, so that no place is taken twice
+        taken, gone = (
+            [],
+            (-1 if self.maxima > 1 else 0),
+        )  # below all others, so that no place is taken twice
         for _ in range(min(self.maxima, x.shape[-1])):
             maximum, position = out.max(-1, keepdim=True)
             out.scatter_(-1, position, gone)
@@ -117,10 +141,14 @@ class DeMaxQuantizer(Quantizer):
         step = out.amax(-1, keepdim=True).clamp_(min=0) / (self.levels - 1)
         maxima, positions = (torch.cat(parts, -1) for parts in zip(*taken, strict=True))
         if self.side != 'float32':
-            maxima, step = (value.to(SIDES[self.side]).to(x.dtype) for value in (maxima, step))
+            maxima, step = (
+                value.to(SIDES[self.side]).to(x.dtype) for value in (maxima, step)
+            )
         usable = step > torch.finfo(step.dtype).tiny  # 1 over anything less overflows
         step = torch.where(usable, step, torch.zeros_like(step))
-        out.mul_(torch.where(usable, step, torch.ones_like(step)).reciprocal()).round_().clamp_(0, self.levels - 1)
+        out.mul_(
+            torch.where(usable, step, torch.ones_like(step)).reciprocal()
+        ).round_().clamp_(0, self.levels - 1)
         return Side(maxima, positions, step)
 
     def rounder(self, x: Tensor) -> Callable[..., Tensor]:
@@ -128,7 +156,8 @@ class DeMaxQuantizer(Quantizer):
 
 
 def product(codes: Codes, values: Tensor) -> Tensor:
-    """Probabilities times values as integers do it: one product of codes, and the row that each maximum gathers.
+    """Probabilities times values as integers do it: one product of codes, and the row
+    that each maximum gathers.
 
     ``P V = D (codes V) + m V[j*]``.
 
@@ -142,6 +171,10 @@ def product(codes: Codes, values: Tensor) -> Tensor:
     kept, side = codes
     result = (kept.to(values.dtype) @ values) * side.step
     for number in range(side.position.shape[-1]):
-        index = side.position[..., number, None].expand(*side.position.shape[:-1], values.shape[-1])
-        result = result + side.maximum[..., number, None] * values.expand(*result.shape[:-2], *values.shape[-2:]).gather(-2, index)
+        index = side.position[..., number, None].expand(
+            *side.position.shape[:-1], values.shape[-1]
+        )
+        result = result + side.maximum[..., number, None] * values.expand(
+            *result.shape[:-2], *values.shape[-2:]
+        ).gather(-2, index)
     return result

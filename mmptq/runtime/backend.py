@@ -18,7 +18,9 @@ class Convolution(Protocol):
     """A convolution of codes with a weight's integers."""
 
     def __call__(self, codes: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-        """``sums gain + bias``, float32, from padded codes (batch, channels, height, width)."""
+        """``sums gain + bias``, float32, from padded codes (batch, channels, height,
+        width).
+        """
 
 
 class PreparedProduct(NamedTuple):
@@ -28,8 +30,8 @@ class PreparedProduct(NamedTuple):
         product: From codes to outputs.
         path: For the report.
         above: What the integers lack, (out,), where the product has
-            :data:`mmptq.runtime.int8.SUMS` more outputs, the first of them the sum of the codes;
-            None where the outputs are all there is.
+            :data:`mmptq.runtime.int8.SUMS` more outputs, the first of them the sum of
+            the codes; None where the outputs are all there is.
     """
 
     product: Product

@@ -24,7 +24,9 @@ class IntegerOp(nn.Module):
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module, or one in it, has forward hooks, which what replaces it would not run."""
+    """Whether a module, or one in it, has forward hooks, which what replaces it would
+    not run.
+    """
     return any(
         each._forward_hooks or each._forward_pre_hooks for each in module.modules()
     )
@@ -34,8 +36,8 @@ def input_coder(op: QuantOp) -> Uniform | AdaLog:
     """The coder of a layer's input.
 
     Raises:
-        NoIntegerForm: If it is float, has a step of its own in each row, or a scale for each
-            channel.
+        NoIntegerForm: If it is float, has a step of its own in each row, or a scale for
+            each channel.
     """
     found = coder(op.quantizer('input'))
     if isinstance(found, Whole):
@@ -48,11 +50,12 @@ def input_coder(op: QuantOp) -> Uniform | AdaLog:
 
 
 def integer_weight(op: QuantOp) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight's integers ``code - z``, int16, the scale of each output, (out,), and the weight
-    that they stand for.
+    """A weight's integers ``code - z``, int16, the scale of each output, (out,), and
+    the weight that they stand for.
 
     Raises:
-        NoIntegerForm: If the weight is float, or its quantizer has no entry in :data:`WEIGHTS`.
+        NoIntegerForm: If the weight is float, or its quantizer has no entry in
+            :data:`WEIGHTS`.
     """
     quantizer = op.quantizer('weight')
     if isinstance(quantizer, Float):

@@ -75,7 +75,8 @@ class IntegerBlock(nn.Module):
         self.norm2, self.fc1, self.act, self.fc2 = norm2, fc1, act, fc2
         self.heads, self.window = heads, window
         coders: Any = (qk.left, qk.right, pv.right)
-        # About an even number halves round as about zero; codes of 8 bits have no room for more.
+        # About an even number halves round as about zero; codes of 8 bits have no room
+        # for more.
         zeros = [
             coder.zero if coder.most == 255 else coder.zero + coder.zero % 2
             for coder in coders
@@ -109,8 +110,8 @@ class IntegerBlock(nn.Module):
         )
 
     def _each_output(self, values: Sequence[Tensor]) -> Tensor:
-        """Values of queries, keys and values, () or (heads, 1, 1), for each output of their
-        layer.
+        """Values of queries, keys and values, () or (heads, 1, 1), for each output of
+        their layer.
         """
         channels = self.qkv.out_features // (3 * self.heads)
         return torch.stack(
@@ -123,7 +124,8 @@ class IntegerBlock(nn.Module):
             raise QuantizationError('a block got a batch of 0 images')
         if not x.shape[1] or x.shape[2] != self.qkv.in_features:
             raise QuantizationError(
-                f'a block of {self.qkv.in_features} channels got tokens of shape {tuple(x.shape)}'
+                f'a block of {self.qkv.in_features} channels got tokens of shape'
+                f' {tuple(x.shape)}'
             )
         if self.window is not None and (
             hw_shape is None or math.prod(hw_shape) != x.shape[1]
@@ -152,8 +154,8 @@ class IntegerBlock(nn.Module):
 
 
 def at_once_or(held: int, length: int | None) -> int:
-    """Columns whose sums float32 holds, the same for as many blocks as can be: each number is
-    compiled for.
+    """Columns whose sums float32 holds, the same for as many blocks as can be: each
+    number is compiled for.
 
     Args:
         held: How many it holds.

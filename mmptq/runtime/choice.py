@@ -41,8 +41,8 @@ def has_onednn(device: torch.device) -> bool:
 def has_triton(device: torch.device) -> bool:
     """Whether kernels in Triton can run.
 
-    On a GPU of NVIDIA's with tensor cores for int8 (from compute capability 8.0 on), where the
-    package is.
+    On a GPU of NVIDIA's with tensor cores for int8 (from compute capability 8.0 on),
+    where the package is.
     """
     if device.type != 'cuda' or torch.version.hip is not None:
         return False

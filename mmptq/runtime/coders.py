@@ -1,6 +1,8 @@
-"""What a quantizer does at run time: from a real tensor to the integers that a product multiplies.
+"""What a quantizer does at run time: from a real tensor to the integers that a product
+multiplies.
 
-Each coder is a tuple of tensors and plain numbers, so that ``torch.compile`` sees through it.
+Each coder is a tuple of tensors and plain numbers, so that ``torch.compile`` sees
+through it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from .errors import required
 
 
 class Uniform(NamedTuple):
-    """Codes ``clip(round(x / s) + z, 0, most)``; integers ``code - z``, worth ``scale`` each.
+    """Codes ``clip(round(x / s) + z, 0, most)``; integers ``code - z``, worth ``scale``
+    each.
 
     Attributes:
         inverse: 1 / s.
@@ -119,7 +122,8 @@ def coder(quantizer: Quantizer) -> Coder:
     """The coder of a calibrated quantizer, by :data:`CODERS`.
 
     Raises:
-        NoIntegerForm: If the table has no entry for its class, nor for one that it inherits from.
+        NoIntegerForm: If the table has no entry for its class, nor for one that it
+            inherits from.
     """
     make = required(CODERS, quantizer, 'mmptq.runtime.coders.CODERS')
     return make(quantizer)
@@ -135,7 +139,9 @@ def uniform_coder(quantizer: UniformQuantizer) -> Uniform:
 
 
 def adalog_coder(quantizer: AdaLogQuantizer) -> AdaLog:
-    """That of an AdaLog quantizer: its tables of shifts and mantissas become one of values."""
+    """That of an AdaLog quantizer: its tables of shifts and mantissas become one of
+    values.
+    """
     scale, q = quantizer.scale, quantizer.q
     assert scale is not None and q is not None
     shift, mantissa, largest = decode_table(q, quantizer.levels)
@@ -162,13 +168,18 @@ CODERS: dict[type[Quantizer], Callable[[Any], Coder]] = {
     DeMaxQuantizer: demax_coder,
     Float: whole_coder,
 }
-"""What makes the coder of a quantizer, by its class; a subclass has that of its base."""
+"""What makes the coder of a quantizer, by its class; a subclass has that of its base.
+"""
 
 
 def change(op: QuantOp) -> Change | None:
     """What an operation does to its input before that is quantized."""
     rescale = getattr(op, 'rescale', None)
-    if isinstance(rescale, Rescale) and rescale.scale is not None and rescale.shift is not None:
+    if (
+        isinstance(rescale, Rescale)
+        and rescale.scale is not None
+        and rescale.shift is not None
+    ):
         return Change(rescale.scale.reciprocal(), rescale.shift)
     if isinstance(rescale, GeluShift) and rescale.shift is not None:
         return Change(torch.ones_like(rescale.shift), -rescale.shift)

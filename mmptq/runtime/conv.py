@@ -71,9 +71,9 @@ class IntegerConv2d(IntegerOp):
             or x.shape[3] + left + right < width
         ):
             raise QuantizationError(
-                f'a convolution of {self.in_channels} channels, whose outputs see '
-                f'{height} x {width} inputs, '
-                f'got a tensor of shape {tuple(x.shape)}; it takes (batch, channels, height, width)'
+                f'a convolution of {self.in_channels} channels, whose outputs see'
+                f' {height} x {width} inputs, got a tensor of shape {tuple(x.shape)};'
+                ' it takes (batch, channels, height, width)'
             )
         codes = self._padded(self.encode(x.float()))
         out = self.convolution(codes, self.gain, self.bias)

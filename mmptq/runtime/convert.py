@@ -36,21 +36,23 @@ INTEGER: dict[type[QuantOp], Callable[[Any, Backend], IntegerOp]] = {
 
 
 def to_integer(model: nn.Module, fuse: bool = True) -> dict[str, str]:
-    """Replaces the quantized operations of a calibrated model, in place, by integer ones.
+    """Replaces the quantized operations of a calibrated model, in place, by integer
+    ones.
 
     The model is for inference only afterwards.
 
     Args:
         model: The model, in evaluation mode.
-        fuse: Whether whole blocks are replaced where a fused form is known (on a CPU, or a GPU
-            with Triton).
+        fuse: Whether whole blocks are replaced where a fused form is known (on a CPU,
+            or a GPU with Triton).
 
     Returns:
-        How each operation runs, by name; ``simulated: REASON`` where it stays as it was.
+        How each operation runs, by name; ``simulated: REASON`` where it stays as it
+        was.
 
     Raises:
-        QuantizationError: If the model has no quantized operations, is not calibrated, in
-            training mode, not in float32, or on several devices.
+        QuantizationError: If the model has no quantized operations, is not calibrated,
+            in training mode, not in float32, or on several devices.
     """
     ops = {name: op for name, op in model.named_modules() if isinstance(op, QuantOp)}
     check_ready(model, ops)
@@ -142,5 +144,6 @@ def check_ready(model: nn.Module, ops: dict[str, QuantOp]) -> None:
     }
     if len(devices) > 1:
         raise QuantizationError(
-            f'the model is on several devices: {", ".join(sorted(devices))}; move it to one first'
+            f'the model is on several devices: {", ".join(sorted(devices))}; move it to'
+            ' one first'
         )

@@ -9,10 +9,11 @@ from ..quantizers.dispatch import Entry, entry_for
 
 
 class NoIntegerForm(Exception):  # noqa: N818 - it is a reason, not an error
-    """An operation, a block or a quantizer has no form in integers; the text is the reason.
+    """An operation, a block or a quantizer has no form in integers; the text is the
+    reason.
 
-    It is not an error of the user's: ``to_integer`` reports it and leaves the operation as it is.
-    Every other exception is one, or a bug, and is never passed over.
+    It is not an error of the user's: ``to_integer`` reports it and leaves the operation
+    as it is. Every other exception is one, or a bug, and is never passed over.
     """
 
     def __init__(self, reason: str) -> None:
@@ -20,7 +21,8 @@ class NoIntegerForm(Exception):  # noqa: N818 - it is a reason, not an error
 
 
 def required(table: Mapping[type, Entry], item: object, name: str) -> Entry:
-    """A table's entry for the class of an object (:func:`mmptq.quantizers.dispatch.entry_for`).
+    """A table's entry for the class of an object
+    (:func:`mmptq.quantizers.dispatch.entry_for`).
 
     Args:
         table: Entries by class.

@@ -1,5 +1,5 @@
-"""Which modules of a model have a fused form, and this (:mod:`mmptq.backbones.fused` says where
-their parts are).
+"""Which modules of a model have a fused form, and this (:mod:`mmptq.backbones.fused`
+says where their parts are).
 """
 
 from __future__ import annotations
@@ -78,9 +78,11 @@ def block_form(
     width = proj.in_features // attention.num_heads
     windows = None if parts.windows is None else part(parts.windows)
     proj, fc2 = (
-        layer
-        if gamma is None or type(layer) is not IntegerLinear
-        else layer.scaled(gamma.detach())
+        (
+            layer
+            if gamma is None or type(layer) is not IntegerLinear
+            else layer.scaled(gamma.detach())
+        )
         for layer, gamma in zip((proj, fc2), gammas or (None, None), strict=True)
     )
     return kind(

@@ -10,7 +10,9 @@ from torch import Tensor
 from ..layers import QuantOp
 
 SUMS = 16
-"""Outputs that are added for a sum of the codes: one and, for speed, those that fill a vector."""
+"""Outputs that are added for a sum of the codes: one and, for speed, those that fill a
+vector.
+"""
 
 WITH_SUMS = 'int8, weight and sums of the codes'
 """What the report says of a weight beside a column of ones."""
@@ -35,7 +37,8 @@ class Int8Weight(NamedTuple):
 def int8_weight(op: QuantOp, integers: Tensor) -> Int8Weight:
     """A layer's integers (out, in) as int8, in the way that costs less.
 
-    A second matrix reads the input once more; a sum of the codes takes a row of outputs more.
+    A second matrix reads the input once more; a sum of the codes takes a row of outputs
+    more.
     """
     parts = int8_parts(integers)
     outputs, inputs = integers.shape
@@ -69,7 +72,8 @@ def with_sums(op: QuantOp, integers: Tensor) -> tuple[Tensor, Tensor]:
     """int8 weights ``code - 128`` and, as :data:`SUMS` more outputs, ones and zeros.
 
     Returns:
-        The weights, (out + SUMS, ...), and what each integer lacks, ``128 - z``, (out,).
+        The weights, (out + SUMS, ...), and what each integer lacks, ``128 - z``,
+        (out,).
     """
     params = op.quantizer('weight').params
     assert params is not None

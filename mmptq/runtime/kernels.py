@@ -1,5 +1,5 @@
-"""What is computed between integer products in torch, on any device: codes, sums of floats,
-DeMax's side data.
+"""What is computed between integer products in torch, on any device: codes, sums of
+floats, DeMax's side data.
 
 Each is one pass over memory where ``torch.compile`` has a compiler.
 """
@@ -43,11 +43,12 @@ def has_compiler() -> bool:
 
 
 def fused(rows: int = 1) -> Callable[[Function], Function]:
-    """A function of tensors, compiled when it is first called: once for each width, for any
-    number of rows.
+    """A function of tensors, compiled when it is first called: once for each width, for
+    any number of rows.
 
     Args:
-        rows: How many of the arguments, the first ones, have rows; they are the first dimension.
+        rows: How many of the arguments, the first ones, have rows; they are the first
+            dimension.
     """
 
     def decorate(function: Function) -> Function:
@@ -55,8 +56,8 @@ def fused(rows: int = 1) -> Callable[[Function], Function]:
         def compiled() -> Any:
             # Without precise casts, a rounding to float16 is optimized away.
             options = {'emulate_precision_casts': True}
-            # Before torch 2.13 there is no limit to set but that of the whole process, and what
-            # is beyond it runs uncompiled.
+            # Before torch 2.13 there is no limit to set but that of the whole process,
+            # and what is beyond it runs uncompiled.
             limit = (
                 {'recompile_limit': 256}
                 if 'recompile_limit' in inspect.signature(torch.compile).parameters
@@ -121,7 +122,8 @@ def encode_merged(
 
     Args:
         x: Its lines of patches, (lines, 2, patches, 2 channels).
-        weight: That of the layer norm, by row, column and channel of a patch, (4 channels,).
+        weight: That of the layer norm, by row, column and channel of a patch, (4
+            channels,).
         bias: The same.
         eps: That of the layer norm.
         change: See :func:`encode`.
@@ -142,7 +144,9 @@ def encode_merged(
 def map_of_normalized(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """The layer norm of rows (rows, channels), with channels outermost: (channels, rows)."""
+    """The layer norm of rows (rows, channels), with channels outermost: (channels,
+    rows).
+    """
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps).t().contiguous()
 
 
@@ -158,8 +162,8 @@ def coded(x: Tensor, change: Change | None, coder: Uniform | AdaLog) -> Tensor:
 
 
 def integer_product(left: Tensor, right: Tensor, held: int) -> Tensor:
-    """The product of integers (..., rows, inner) and (..., inner, columns), in float32, of which
-    it holds sums of so many columns.
+    """The product of integers (..., rows, inner) and (..., inner, columns), in float32,
+    of which it holds sums of so many columns.
     """
     if left.shape[-1] <= held:
         return left @ right
@@ -202,8 +206,8 @@ def softmax_side(x: Tensor, coder: DeMax) -> tuple[Tensor, Side]:
 def with_maxima(
     product: Tensor, values: Tensor, step: Tensor, maxima: Tensor, positions: Tensor
 ) -> Tensor:
-    """DeMax's product: codes times values, by the step of the row, and for each maximum the row
-    of values that it gathers.
+    """DeMax's product: codes times values, by the step of the row, and for each maximum
+    the row of values that it gathers.
     """
     product = product * step
     for number in range(positions.shape[-1]):

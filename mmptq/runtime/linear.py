@@ -20,14 +20,16 @@ from .products import Steps, Tables
 
 
 class IntegerLinear(IntegerOp):
-    """A linear layer: uint8 codes times int8 weights, int32 sums, one float scale for each output.
+    """A linear layer: uint8 codes times int8 weights, int32 sums, one float scale for
+    each output.
 
-    A weight is kept as ``code - zero_point``. int8 does not hold all of these where an 8-bit
-    weight's zero point is not in the middle. Then the weight is the sum of two (with 255, three)
-    int8 matrices that read the input as often, or, in a layer with no more outputs than inputs,
-    ``code - 128`` beside a column of ones, whose product makes up for the difference. AdaLog's
-    inputs are table values, integers below 2^(b + 1) times powers of two; torch has no such
-    product of integers, and they are multiplied in float32, where each product of two is exact.
+    A weight is kept as ``code - zero_point``. int8 does not hold all of these where an
+    8-bit weight's zero point is not in the middle. Then the weight is the sum of two
+    (with 255, three) int8 matrices that read the input as often, or, in a layer with no
+    more outputs than inputs, ``code - 128`` beside a column of ones, whose product
+    makes up for the difference. AdaLog's inputs are table values, integers below 2^(b +
+    1) times powers of two; torch has no such product of integers, and they are
+    multiplied in float32, where each product of two is exact.
 
     Args:
         op: A calibrated layer.
@@ -97,7 +99,9 @@ class IntegerLinear(IntegerOp):
         )  # type: ignore[no-any-return]
 
     def multiply(self, codes: Tensor, gelu: bool = False) -> Tensor:
-        """The output from codes (rows, in), float32, (rows, out); with ``gelu`` through GELU."""
+        """The output from codes (rows, in), float32, (rows, out); with ``gelu`` through
+        GELU.
+        """
         if not len(codes):
             return self.gain.new_zeros(0, self.out_features)
         at_once = gelu and self.at_once
@@ -118,7 +122,8 @@ class IntegerLinear(IntegerOp):
             x.add_(self.multiply(codes))
 
     def scaled(self, factor: Tensor) -> IntegerLinear:
-        """The layer with what it computes multiplied by a factor for each output, (out,).
+        """The layer with what it computes multiplied by a factor for each output,
+        (out,).
 
         It shares the weight.
         """
@@ -131,8 +136,8 @@ class IntegerLinear(IntegerOp):
         return layer
 
     def in_steps(self, factor: Tensor, zero: Tensor) -> Callable[[Tensor], Tensor]:
-        """A function from codes (rows, in) to ``clip(round(factor output + zero), 0, 255)``,
-        uint8, (rows, out).
+        """A function from codes (rows, in) to ``clip(round(factor output + zero), 0,
+        255)``, uint8, (rows, out).
 
         Args:
             factor: Steps that one is worth, (out,).
@@ -160,8 +165,8 @@ class IntegerLinear(IntegerOp):
     def gelu_in_steps(
         self, coder: Uniform | AdaLog, change: Change | None
     ) -> Callable[[Tensor], Tensor] | None:
-        """A function from codes (rows, in) to those of the output through GELU, uint8, (rows,
-        out), made without floats between them.
+        """A function from codes (rows, in) to those of the output through GELU, uint8,
+        (rows, out), made without floats between them.
 
         Args:
             coder: Of the layer that reads it, with one scale.
@@ -209,5 +214,7 @@ def prepared(
     """What multiplies the inputs of a coder with a weight's integers (out, in)."""
     if isinstance(coder, Uniform):
         return backend.product(op, integers, coder)
-    path = 'AdaLog table values times integer weights, in float32'  # the same on every device
+    path = (  # the same on every device
+        'AdaLog table values times integer weights, in float32'
+    )
     return PreparedProduct(Tables(integers), path)

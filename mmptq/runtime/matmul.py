@@ -26,10 +26,12 @@ class Pair(NamedTuple):
 
     Attributes:
         path: For the report.
-        held: From both coders how many columns there may be for float32 to hold the sums.
+        held: From both coders how many columns there may be for float32 to hold the
+            sums.
         gain: From both coders what one of the sums is worth, () or (heads, 1, 1).
-        sums: The sums, float, (..., rows, columns), from the left operand (..., rows, inner), the
-            integers of the right one (..., inner, columns), the left coder and ``held``.
+        sums: The sums, float, (..., rows, columns), from the left operand (..., rows,
+            inner), the integers of the right one (..., inner, columns), the left coder
+            and ``held``.
     """
 
     path: str
@@ -39,13 +41,15 @@ class Pair(NamedTuple):
 
 
 class IntegerMatMul(IntegerOp):
-    """A product of two activations: integers in float32, which torch multiplies exactly.
+    """A product of two activations: integers in float32, which torch multiplies
+    exactly.
 
-    Of many small int8 matrices torch has no product. Sums below 2^24 are exact in float32. Those
-    of a window are; longer rows are summed in parts, and these as int32.
+    Of many small int8 matrices torch has no product. Sums below 2^24 are exact in
+    float32. Those of a window are; longer rows are summed in parts, and these as int32.
 
     Raises:
-        NoIntegerForm: If there is no entry in :data:`PAIRS` for the quantizers of both operands.
+        NoIntegerForm: If there is no entry in :data:`PAIRS` for the quantizers of both
+            operands.
     """
 
     right: Uniform
@@ -71,20 +75,25 @@ class IntegerMatMul(IntegerOp):
 
 
 def pair_for(left: Quantizer, right: Quantizer) -> Pair:
-    """How operands of two quantizers are multiplied, by their classes or those they inherit from.
+    """How operands of two quantizers are multiplied, by their classes or those they
+    inherit from.
 
     Raises:
         NoIntegerForm: If :data:`PAIRS` has no entry for them.
     """
     pair = entry_for_pair(PAIRS, left, right)
     if pair is None:
-        operands = f'a product of {type(left).__name__} and {type(right).__name__} operands'
+        operands = (
+            f'a product of {type(left).__name__} and {type(right).__name__} operands'
+        )
         raise NoIntegerForm(f'{operands} has no entry in mmptq.runtime.matmul.PAIRS')
     return pair
 
 
 def columns_held(left: float, right: Uniform) -> int:
-    """Columns whose sums float32 holds, of a largest magnitude times what a coder multiplies."""
+    """Columns whose sums float32 holds, of a largest magnitude times what a coder
+    multiplies.
+    """
     return int((EXACT - 1) // max(1.0, left * right.largest))
 
 

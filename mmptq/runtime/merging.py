@@ -49,8 +49,8 @@ class IntegerMerging(nn.Module):
 
 
 def merged_order(channels: int) -> Tensor:
-    """For inputs of patch merging by row, column and channel of a patch, where they are by
-    channel, row and column, (4 channels,).
+    """For inputs of patch merging by row, column and channel of a patch, where they are
+    by channel, row and column, (4 channels,).
     """
     return torch.arange(4 * channels).view(channels, 2, 2).permute(1, 2, 0).flatten()
 

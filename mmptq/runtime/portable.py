@@ -1,4 +1,6 @@
-"""The backend of any device: ``torch._int_mm``, which is exact everywhere, and slow on a CPU."""
+"""The backend of any device: ``torch._int_mm``, which is exact everywhere, and slow on
+a CPU.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class PortableBackend:
     """For a CPU without VNNI, and for a GPU without Triton.
 
     Args:
-        fuses: Whether blocks, patch mergings and output norms are fused, which pays on a CPU.
+        fuses: Whether blocks, patch mergings and output norms are fused, which pays on
+            a CPU.
     """
 
     def __init__(self, fuses: bool) -> None:

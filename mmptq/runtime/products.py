@@ -1,4 +1,6 @@
-"""Products of codes with a weight's integers: what each gives, and torch's own, for any device."""
+"""Products of codes with a weight's integers: what each gives, and torch's own, for any
+device.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ class Product(Protocol):
     """``(codes - z) weight^T``, times a gain and with an offset for each output.
 
     Attributes:
-        at_once: Whether it takes ``steps`` and ``gelu``, and adds to a tensor without another one.
+        at_once: Whether it takes ``steps`` and ``gelu``, and adds to a tensor without
+            another one.
         takes_change: Whether the steps may be of a changed output.
     """
 

@@ -17,9 +17,10 @@ class Group(NamedTuple):
     """Windows that are attended to in one way.
 
     Attributes:
-        token: The token at each place, (windows, length); behind the last one stands the padding.
-        mask: Added to the scores, (windows, 1, length, length); None: all places of a window see
-            each other.
+        token: The token at each place, (windows, length); behind the last one stands
+            the padding.
+        mask: Added to the scores, (windows, 1, length, length); None: all places of a
+            window see each other.
     """
 
     token: Tensor
@@ -52,8 +53,9 @@ def places(
     ``shift``, cut into ``size`` x ``size``.
 
     Returns:
-        The token at each place of each window, behind the last one the padding; and its region,
-        int32, (windows, size * size) both. Only tokens of the same region see each other.
+        The token at each place of each window, behind the last one the padding; and its
+        region, int32, (windows, size * size) both. Only tokens of the same region see
+        each other.
     """
     rows, columns = -(-height // size) * size, -(-width // size) * size
     token = torch.full(

@@ -1,4 +1,6 @@
-"""From the config of a float model to that of a quantizable one and back; every function gives a copy."""
+"""From the config of a float model to that of a quantizable one and back; every
+function gives a copy.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ OF_ONE_RUN = ('resume', 'pack', 'backend')
 
 
 def config_of_tests(cfg: Config) -> Config:
-    """A config for tests: one evaluation, no PTQHook of its own, no weights but those of the checkpoint.
+    """A config for tests: one evaluation, no PTQHook of its own, no weights but those
+    of the checkpoint.
 
     Raises:
         QuantizationError: If it averages weights in a hook.
@@ -31,9 +34,9 @@ def config_of_tests(cfg: Config) -> Config:
     hooks = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != HOOK]
     if any(str(hook['type']).endswith('EMAHook') for hook in hooks):
         raise QuantizationError(
-            'the config has an EMAHook, which would exchange the weights after their calibration; '
-            'remove it from custom_hooks, and give a checkpoint whose state_dict holds the averaged '
-            'weights'
+            'the config has an EMAHook, which would exchange the weights after their'
+            ' calibration; remove it from custom_hooks, and give a checkpoint whose'
+            ' state_dict holds the averaged weights'
         )
     cfg.custom_hooks = hooks
 
@@ -59,8 +62,8 @@ def quantized_config(cfg: Config, recipe: Mapping[str, Any], scope: str) -> Conf
     backbone = model.get('backbone') if isinstance(model, ConfigDict) else None
     if _is_quantizable(model) or _is_quantizable(backbone):
         raise QuantizationError(
-            'the config is quantized already; give the original one, or use the test tool of mmdet or '
-            'mmsegmentation'
+            'the config is quantized already; give the original one, or use the test'
+            ' tool of mmdet or mmsegmentation'
         )
     if not isinstance(backbone, ConfigDict):
         raise QuantizationError('the config defines no model with a backbone')
@@ -110,7 +113,9 @@ def float_model(cfg: Config) -> dict[str, Any]:
 
 
 def float_config(cfg: Config) -> Config:
-    """The config of an evaluation of the float model: in a folder of its own, without PTQHook."""
+    """The config of an evaluation of the float model: in a folder of its own, without
+    PTQHook.
+    """
     cfg = deepcopy(cfg)
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook['type'] != HOOK]
     cfg.work_dir = str(Path(cfg.work_dir) / 'float')
@@ -118,11 +123,13 @@ def float_config(cfg: Config) -> Config:
 
 
 def portable_config(cfg: Config, recipe: Mapping[str, Any]) -> Config:
-    """A quantizable config to give away: without where one run wrote, what it loaded, how it evaluated.
+    """A quantizable config to give away: without where one run wrote, what it loaded,
+    how it evaluated.
 
     Args:
         cfg: The config of the run.
-        recipe: The recipe that the model has in the end: calibration may have left layers float.
+        recipe: The recipe that the model has in the end: calibration may have left
+            layers float.
     """
     cfg = deepcopy(cfg)
     if 'layers' in recipe:
@@ -140,7 +147,9 @@ def portable_config(cfg: Config, recipe: Mapping[str, Any]) -> Config:
 
 
 def without_augmentation(model: Any) -> Any:
-    """The config of a model inside of that of its test-time augmentation, which has it as ``module``."""
+    """The config of a model inside of that of its test-time augmentation, which has it
+    as ``module``.
+    """
     while isinstance(model, ConfigDict) and _wraps(model):
         model = model.module
     return model

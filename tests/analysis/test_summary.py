@@ -1,4 +1,6 @@
-"""One definition of what a summary holds: written as it is read, and files of earlier versions still read."""
+"""One definition of what a summary holds: written as it is read, and files of earlier
+versions still read.
+"""
 
 import json
 
@@ -34,7 +36,9 @@ def left_float(reason, kind='Conv2d'):
 
 
 def content(*layers, **changes):
-    """What a file without a schema number says, as the version before the number wrote it."""
+    """What a file without a schema number says, as the version before the number wrote
+    it.
+    """
     return {**about(load_recipe('minmax_w4a4')), 'layers': list(layers), **changes}
 
 

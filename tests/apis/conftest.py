@@ -1,4 +1,5 @@
 """The bundled demo, cut to a few images, quantized once a task."""
+
 import json
 import os
 import subprocess
@@ -23,20 +24,44 @@ class Task:
 
 
 def stock_tool(package, config, checkpoint, work_dir, *args):
-    """Runs the test tool of mmdet or mmseg in a process of its own; returns its metrics and what it wrote to the terminal."""
+    """Runs the test tool of mmdet or mmseg in a process of its own; returns its metrics
+    and what it wrote to the terminal.
+    """
     folder = Path(__import__(package).__file__).parent
-    tool = next(path for path in (folder / '.mim' / 'tools' / 'test.py', folder.parent / 'tools' / 'test.py') if path.exists())
-    done = subprocess.run([sys.executable, str(tool), str(config), str(checkpoint), '--work-dir', str(work_dir), *map(str, args)],
-                          capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    tool = next(
+        path
+        for path in (
+            folder / '.mim' / 'tools' / 'test.py',
+            folder.parent / 'tools' / 'test.py',
+        )
+        if path.exists()
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(tool),
+            str(config),
+            str(checkpoint),
+            '--work-dir',
+            str(work_dir),
+            *map(str, args),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     log = json.loads(next(Path(work_dir).glob('2*/2*.json')).read_text())
-    return {name: value for name, value in log.items() if name not in ('data_time', 'time')}, done.stdout + done.stderr
+    return {
+        name: value for name, value in log.items() if name not in ('data_time', 'time')
+    }, done.stdout + done.stderr
 
 
 @pytest.fixture(scope='session')
 def demo_data():
     sys.path.insert(0, str(ROOT / 'demo'))
     from generate_data import generate
+
     generate(ROOT / 'demo' / 'data')
 
 
@@ -57,8 +82,18 @@ def mask_rcnn(demo_data):
 
 @pytest.fixture(scope='session')
 def quantized(task, tmp_path_factory):
-    """Its work_dir after quantization to W4A4 with float and quantized evaluation, and what quantize returned."""
+    """Its work_dir after quantization to W4A4 with float and quantized evaluation, and
+    what quantize returned.
+    """
     from mmptq.apis import quantize
+
     work_dir = tmp_path_factory.mktemp(task.package)
-    summary = quantize(task.config, task.checkpoint, 'minmax_w4a4', work_dir=str(work_dir), cfg_options=FEW, calib_images=3)
+    summary = quantize(
+        task.config,
+        task.checkpoint,
+        'minmax_w4a4',
+        work_dir=str(work_dir),
+        cfg_options=FEW,
+        calib_images=3,
+    )
     return work_dir, summary

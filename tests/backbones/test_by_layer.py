@@ -1,4 +1,6 @@
-"""Recipes by layer: what an entry may say, which layers it is for, and which entry wins."""
+"""Recipes by layer: what an entry may say, which layers it is for, and which entry
+wins.
+"""
 
 import json
 import time
@@ -127,9 +129,7 @@ def test_products_of_an_attention_that_stay_float():
         f'stages.0.blocks.{number}.attn.w_msa.{product}'
         for number, product in ((0, 'qk'), (1, 'qk'), (1, 'pv'))
     ]
-    assert model.quantization.skipped == dict.fromkeys(
-        names, FloatReason.KEPT
-    )
+    assert model.quantization.skipped == dict.fromkeys(names, FloatReason.KEPT)
     plain = build_in('mmdet', SWIN)
     plain.load_state_dict(model.state_dict(), strict=True)
     model.train(False)
@@ -156,9 +156,7 @@ def test_whole_models_have_layers_outside_of_the_backbone():
             8 if name.startswith('decode_head.') else 3 if 'stages.0.' in name else 4
         )
         assert bits == expected, name
-    assert (
-        model.quantization.skipped['decode_head.conv_seg'] is FloatReason.KEPT
-    )
+    assert model.quantization.skipped['decode_head.conv_seg'] is FloatReason.KEPT
 
 
 @pytest.mark.parametrize(

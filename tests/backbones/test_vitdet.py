@@ -1,4 +1,7 @@
-"""ViTDet: mmdetection's class is in no package, so a small backbone of the same structure stands in for it."""
+"""ViTDet: mmdetection's class is in no package, so a small backbone of the same
+structure stands in for it.
+"""
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +16,9 @@ from ..conftest import image, quantizers_of, randomized, recipe
 
 
 class Attention(nn.Module):
-    """Heads are folded into the batch, and terms of relative position added, products of the query with tables."""
+    """Heads are folded into the batch, and terms of relative position added, products
+    of the query with tables.
+    """
 
     def __init__(self, window):
         super().__init__()
@@ -26,8 +31,14 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(batch, height * width, 3, 2, 4).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.reshape(3, batch * 2, height * width, 4).unbind(0)
         scores = (q * 0.5) @ k.transpose(-2, -1)
-        terms = torch.einsum('bhwc,hkc->bhwk', q.view(-1, height, width, 4), self.rel_pos_h)
-        scores = (scores.view(-1, height, width, height, width) + terms[..., None]).flatten(3).flatten(1, 2)
+        terms = torch.einsum(
+            'bhwc,hkc->bhwk', q.view(-1, height, width, 4), self.rel_pos_h
+        )
+        scores = (
+            (scores.view(-1, height, width, height, width) + terms[..., None])
+            .flatten(3)
+            .flatten(1, 2)
+        )
         out = (scores.softmax(-1) @ v).view(batch, 2, height, width, 4)
         return self.proj(out.permute(0, 2, 3, 1, 4).reshape(x.shape))
 
@@ -47,16 +58,29 @@ class Block(nn.Module):
     def __init__(self, windowed):
         super().__init__()
         self.windowed = windowed
-        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(8), Attention(2 if windowed else 4), nn.LayerNorm(8), Mlp()
+        self.norm1, self.attn, self.norm2, self.mlp = (
+            nn.LayerNorm(8),
+            Attention(2 if windowed else 4),
+            nn.LayerNorm(8),
+            Mlp(),
+        )
 
     def forward(self, x):
         batch, height, width, _ = x.shape
         inside = self.norm1(x)
         if self.windowed:
-            inside = inside.view(batch, height // 2, 2, width // 2, 2, 8).transpose(2, 3).reshape(-1, 2, 2, 8)
+            inside = (
+                inside.view(batch, height // 2, 2, width // 2, 2, 8)
+                .transpose(2, 3)
+                .reshape(-1, 2, 2, 8)
+            )
         inside = self.attn(inside)
         if self.windowed:
-            inside = inside.view(batch, height // 2, width // 2, 2, 2, 8).transpose(2, 3).reshape(x.shape)
+            inside = (
+                inside.view(batch, height // 2, width // 2, 2, 2, 8)
+                .transpose(2, 3)
+                .reshape(x.shape)
+            )
         x = x + inside
         return x + self.mlp(self.norm2(x))
 
@@ -75,7 +99,10 @@ class ViT(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.patch_embed, self.blocks = PatchEmbed(), nn.ModuleList([Block(True), Block(False)])
+        self.patch_embed, self.blocks = (
+            PatchEmbed(),
+            nn.ModuleList([Block(True), Block(False)]),
+        )
 
     def forward(self, x):
         x = self.patch_embed(x)
@@ -108,8 +135,12 @@ def test_uncalibrated_it_is_the_original(plain, backbone):
 def test_each_head_has_a_range_of_its_own(plain, backbone):
     names = VITDET.block_names(backbone)
     assert names == ['patch_embed', 'blocks.0', 'blocks.1']
-    calibrate(backbone, names, [Call((image(64, 64, seed),)) for seed in range(2)], MinMax())
-    assert all(quantizer.params is not None for quantizer in quantizers_of(backbone).values())
+    calibrate(
+        backbone, names, [Call((image(64, 64, seed),)) for seed in range(2)], MinMax()
+    )
+    assert all(
+        quantizer.params is not None for quantizer in quantizers_of(backbone).values()
+    )
     ops = operations(backbone)
     assert len(ops) == 1 + 2 * 6
     for number in range(2):

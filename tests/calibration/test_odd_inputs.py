@@ -1,4 +1,7 @@
-"""Inputs at the edge: whatever finite tensors come, parameters are finite; what is not finite names its layer."""
+"""Inputs at the edge: whatever finite tensors come, parameters are finite; what is not
+finite names its layer.
+"""
+
 import pytest
 import torch
 from torch import nn
@@ -20,11 +23,14 @@ def random(*shape, seed=0):
 
 # One operation of each kind.
 
+
 def linear(rescale=None, **options):
     op = rescaled(nn.Linear(6, 5))
     op.rescale = rescale and rescale()
     inputs = AdaLogQuantizer(4) if rescale is GeluShift else UniformQuantizer(4)
-    return equip(op, **{'input': inputs, 'weight': UniformQuantizer(4, axis=-2), **options})
+    return equip(
+        op, **{'input': inputs, 'weight': UniformQuantizer(4, axis=-2), **options}
+    )
 
 
 def heads():
@@ -36,18 +42,29 @@ OPS = {
     'linear, one range for the weight': lambda: linear(weight=UniformQuantizer(4)),
     'post-norm': lambda: linear(Rescale),
     'post-GELU': lambda: linear(GeluShift),
-    'patch embedding': lambda: equip(QuantConv2d.from_float(nn.Conv2d(3, 5, 2, 2)), input=UniformQuantizer(8),
-                                     weight=UniformQuantizer(4, axis=-4)),
-    'convolution': lambda: equip(QuantConv2d.from_float(nn.Conv2d(4, 6, 3, padding=1, groups=2)), weight=UniformQuantizer(4, axis=-4)),
+    'patch embedding': lambda: equip(
+        QuantConv2d.from_float(nn.Conv2d(3, 5, 2, 2)),
+        input=UniformQuantizer(8),
+        weight=UniformQuantizer(4, axis=-4),
+    ),
+    'convolution': lambda: equip(
+        QuantConv2d.from_float(nn.Conv2d(4, 6, 3, padding=1, groups=2)),
+        weight=UniformQuantizer(4, axis=-4),
+    ),
     'queries and keys': lambda: equip(QuantMatMul(), left=heads(), right=heads()),
-    'probabilities and values': lambda: equip(QuantMatMul(), left=AdaLogQuantizer(4, fixed_scale=1.0), right=heads()),
+    'probabilities and values': lambda: equip(
+        QuantMatMul(), left=AdaLogQuantizer(4, fixed_scale=1.0), right=heads()
+    ),
 }
 SHAPES = {
     'linear': [((30, 6),), ((2, 7, 6),)],
     'patch embedding': [((1, 3, 8, 10),), ((1, 3, 6, 4),)],
     'convolution': [((1, 4, 8, 10),), ((1, 4, 6, 4),)],
     'queries and keys': [((3, 2, 9, 4), (3, 2, 4, 9)), ((5, 2, 4, 4), (5, 2, 4, 4))],
-    'probabilities and values': [((3, 2, 9, 9), (3, 2, 9, 4)), ((5, 2, 4, 4), (5, 2, 4, 4))],
+    'probabilities and values': [
+        ((3, 2, 9, 9), (3, 2, 9, 4)),
+        ((5, 2, 4, 4), (5, 2, 4, 4)),
+    ],
 }
 
 
@@ -60,7 +77,9 @@ def zero_channels(x):
 VALUES = {
     'zero': torch.zeros_like,
     'constant': lambda x: torch.full_like(x, 0.3),
-    'a constant whose mean is rounded': lambda x: torch.full_like(x, 0.7880101799964905),
+    'a constant whose mean is rounded': lambda x: torch.full_like(
+        x, 0.7880101799964905
+    ),
     'a negative constant': lambda x: torch.full_like(x, -2.0),
     'negative': lambda x: -x.abs() - 0.1,
     'barely negative': lambda x: -0.17 * torch.sigmoid(x),
@@ -80,7 +99,9 @@ def inputs_of(kind, values):
     shapes = SHAPES.get(kind) or SHAPES['linear']
     calls = []
     for number, call in enumerate(shapes):
-        tensors = [random(*shape, seed=10 * number + index) for index, shape in enumerate(call)]
+        tensors = [
+            random(*shape, seed=10 * number + index) for index, shape in enumerate(call)
+        ]
         if kind == 'probabilities and values':
             calls.append(Call((tensors[0].softmax(-1), VALUES[values](tensors[1]))))
         else:
@@ -127,13 +148,26 @@ def test_the_whole_search_too(kind, values):
     is_usable(op, calls, outputs_of(AdaLog(), Block('layer', op, calls, {'layer': op})))
 
 
-@pytest.mark.parametrize('method', [AdaLog(**FAST), MinMax()], ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize(
+    'method', [AdaLog(**FAST), MinMax()], ids=lambda method: type(method).__name__
+)
 @pytest.mark.parametrize('factor', [1e16, 1e20, 1e37])
 @pytest.mark.parametrize('kind', OPS)
 def test_squares_that_overflow_name_the_layer(kind, factor, method):
-    """A network whose activations are that large is broken, but it is not the search that is to break."""
-    op, calls = OPS[kind](), [Call(tuple(factor * x for x in call.args)) for call in inputs_of(kind, 'positive')]
-    with pytest.raises(QuantizationError, match=r'^layer receives activations that are too large to be squared'):
+    """A network whose activations are that large is broken, but it is not the search
+    that is to break.
+    """
+    op, calls = (
+        OPS[kind](),
+        [
+            Call(tuple(factor * x for x in call.args))
+            for call in inputs_of(kind, 'positive')
+        ],
+    )
+    with pytest.raises(
+        QuantizationError,
+        match=r'^layer receives activations that are too large to be squared',
+    ):
         outputs_of(method, Block('layer', op, calls, {'layer': op}))
     assert all(quantizer.params is None for quantizer in op.quantizers().values())
 
@@ -145,10 +179,19 @@ def test_what_is_not_too_large_to_be_squared_is_searched(kind):
     op, calls = OPS[kind](), inputs_of(kind, 'positive')
     number = 1 if kind == 'probabilities and values' else 0
     norm = max(float(call.args[number].norm()) for call in calls)
-    calls = [Call(tuple(1e14 / norm * x if i >= number else x for i, x in enumerate(call.args))) for call in calls]
+    calls = [
+        Call(
+            tuple(
+                1e14 / norm * x if i >= number else x for i, x in enumerate(call.args)
+            )
+        )
+        for call in calls
+    ]
     if kind == 'queries and keys':  # not both: their product is squared as well
         calls = [Call((call.args[0], call.args[1] / 1e14)) for call in calls]
-    is_usable(op, calls, outputs_of(AdaLog(**FAST), Block('layer', op, calls, {'layer': op})))
+    is_usable(
+        op, calls, outputs_of(AdaLog(**FAST), Block('layer', op, calls, {'layer': op}))
+    )
 
 
 @pytest.mark.parametrize('kind', ['linear', 'post-GELU'])
@@ -162,7 +205,13 @@ def test_one_massive_token_in_each_image(kind):
     op, calls = OPS[kind](), [Call((x,)) for x in tokens]
     outputs = outputs_of(AdaLog(), Block('layer', op, calls, {'layer': op}))
     power = sum(float(out.square().sum()) for out in outputs)
-    assert sum(float((op(*call.args) - out).square().sum()) for call, out in zip(calls, outputs, strict=True)) < 0.1 * power
+    assert (
+        sum(
+            float((op(*call.args) - out).square().sum())
+            for call, out in zip(calls, outputs, strict=True)
+        )
+        < 0.1 * power
+    )
 
 
 @pytest.mark.parametrize('values', BELOW_GELU)
@@ -186,8 +235,14 @@ def test_weights_of_zeros_and_constants(kind):
             op.bias.fill_(1)
         for quantizer in op.quantizers().values():
             quantizer.clear()
-        is_usable(op, calls, outputs_of(AdaLog(**FAST), Block('layer', op, calls, {'layer': op})))
-        assert (op.weight_quantizer(op.operands(*op.activations(*calls[0].args))[1])[0] == 0).all()
+        is_usable(
+            op,
+            calls,
+            outputs_of(AdaLog(**FAST), Block('layer', op, calls, {'layer': op})),
+        )
+        assert (
+            op.weight_quantizer(op.operands(*op.activations(*calls[0].args))[1])[0] == 0
+        ).all()
 
 
 @pytest.mark.parametrize('rows', [1, 2, 7])
@@ -195,8 +250,13 @@ def test_weights_of_zeros_and_constants(kind):
 def test_samples_of_a_few_rows(kind, rows):
     torch.manual_seed(0)
     op, calls = OPS[kind](), inputs_of(kind, 'positive')
-    outputs = outputs_of(AdaLog(**{**FAST, 'rows': rows}), Block('layer', op, calls, {'layer': op}))
-    assert all(torch.isfinite(op(*call.args)).all() for call in calls) and len(outputs) == 2
+    outputs = outputs_of(
+        AdaLog(**{**FAST, 'rows': rows}), Block('layer', op, calls, {'layer': op})
+    )
+    assert (
+        all(torch.isfinite(op(*call.args)).all() for call in calls)
+        and len(outputs) == 2
+    )
 
 
 @pytest.mark.parametrize('hard', ['rows of one', 'all on one', 'with zeros'])
@@ -214,9 +274,22 @@ def test_hard_probabilities(hard):
     assert torch.equal(op.left_quantizer(p), p)
 
 
-@pytest.mark.parametrize('options', [dict(steps=1), dict(candidates=1), dict(candidates=2, steps=6), dict(rank=1), dict(rows=1, screen=1),
-                                     dict(all_tokens=False), dict(rounds=2, width=2), dict(width=1000, candidates=8), dict(screen=1),
-                                     dict(screen=10**6)], ids=str)
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(steps=1),
+        dict(candidates=1),
+        dict(candidates=2, steps=6),
+        dict(rank=1),
+        dict(rows=1, screen=1),
+        dict(all_tokens=False),
+        dict(rounds=2, width=2),
+        dict(width=1000, candidates=8),
+        dict(screen=1),
+        dict(screen=10**6),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize('kind', OPS)
 def test_searches_of_any_size(kind, options):
     torch.manual_seed(0)
@@ -255,7 +328,9 @@ def test_backbones_on_odd_images(name, images, propagate):
     backbone = quantizable(*CONFIGS[name])
     calls = [Call((x,)) for x in IMAGES[images]]
     names = find_spec(backbone).block_names(backbone)
-    results = calibrate(backbone, names, calls, AdaLog(**FAST, propagate_error=propagate))
+    results = calibrate(
+        backbone, names, calls, AdaLog(**FAST, propagate_error=propagate)
+    )
     assert is_calibrated(backbone) and len(results) == len(names)
     assert all(torch.isfinite(value).all() for value in backbone.state_dict().values())
     plain = quantizable(*CONFIGS[name])
@@ -268,7 +343,9 @@ def test_backbones_on_odd_images(name, images, propagate):
 
 @torch.no_grad()
 def dead(backbone):
-    """The backbone with norms of which some channels, and attentions and layers that, give nothing."""
+    """The backbone with norms of which some channels, and attentions and layers that,
+    give nothing.
+    """
     for name, module in backbone.named_modules():
         if isinstance(module, nn.LayerNorm):
             module.weight[::3] = 0
@@ -283,13 +360,20 @@ def dead(backbone):
 @pytest.mark.parametrize('name', CONFIGS)
 @torch.no_grad()
 def test_backbones_of_which_parts_are_dead(name):
-    backbone, plain = dead(quantizable(*CONFIGS[name])), dead(quantizable(*CONFIGS[name]))
+    backbone, plain = (
+        dead(quantizable(*CONFIGS[name])),
+        dead(quantizable(*CONFIGS[name])),
+    )
     calls = [Call((image(45, 57),)), Call((image(30, 80, 1),))]
-    calibrate(backbone, find_spec(backbone).block_names(backbone), calls, AdaLog(**FAST))
+    calibrate(
+        backbone, find_spec(backbone).block_names(backbone), calls, AdaLog(**FAST)
+    )
     assert all(torch.isfinite(value).all() for value in backbone.state_dict().values())
     for x in (image(45, 57), image(50, 40, 9)):
         for out, expected in zip(backbone(x), plain(x), strict=True):
-            assert torch.isfinite(out).all() and (out - expected).norm() < expected.norm()
+            assert (
+                torch.isfinite(out).all() and (out - expected).norm() < expected.norm()
+            )
     for op in operations(backbone).values():
         if op.kind == 'linear' and isinstance(op.rescale, Rescale):
             assert (op.rescale.scale > 0).all()
@@ -299,15 +383,30 @@ def test_backbones_of_which_parts_are_dead(name):
 @pytest.mark.parametrize('method', [AdaLog, MinMax])
 @pytest.mark.parametrize('name', CONFIGS)
 def test_activations_that_are_not_finite_name_the_layer(name, method, bad):
-    """They come from a weight that is finite, so that nothing but the activations tells."""
-    backbone = quantizable(*CONFIGS[name], 'minmax_w4a4' if method is MinMax else 'adalog_w4a4')
+    """They come from a weight that is finite, so that nothing but the activations
+    tells.
+    """
+    backbone = quantizable(
+        *CONFIGS[name], 'minmax_w4a4' if method is MinMax else 'adalog_w4a4'
+    )
     names = find_spec(backbone).block_names(backbone)
     layer = f'{names[2]}.ffn.layers.1'
-    backbone.get_submodule(layer).register_forward_pre_hook(lambda op, args: (torch.where(args[0] == args[0].max(), bad, args[0]),))
+    backbone.get_submodule(layer).register_forward_pre_hook(
+        lambda op, args: (torch.where(args[0] == args[0].max(), bad, args[0]),)
+    )
     calls = [Call((image(45, 57),))]
-    with pytest.raises(QuantizationError, match=rf'^{layer} receives activations that are NaN or infinite'.replace('.', r'\.')):
+    with pytest.raises(
+        QuantizationError,
+        match=rf'^{layer} receives activations that are NaN or infinite'.replace(
+            '.', r'\.'
+        ),
+    ):
         calibrate(backbone, names, calls, method(**(FAST if method is AdaLog else {})))
-    assert [key.startswith(tuple(names[:2])) for key in backbone.state_dict() if '_quantizer.' in key].count(False) == 0
+    assert [
+        key.startswith(tuple(names[:2]))
+        for key in backbone.state_dict()
+        if '_quantizer.' in key
+    ].count(False) == 0
 
 
 @pytest.mark.parametrize('propagate', [False, True])
@@ -316,9 +415,16 @@ def test_images_that_are_not_finite_name_the_layer(bad, propagate):
     backbone = quantizable('mmdet', SWIN)
     x = image(45, 57)
     x[0, 1, 2, 3] = bad
-    with pytest.raises(QuantizationError, match=r'^patch_embed\.projection receives activations that are NaN or infinite'):
-        calibrate(backbone, find_spec(backbone).block_names(backbone), [Call((image(45, 57),)), Call((x,))],
-                  AdaLog(**FAST, propagate_error=propagate))
+    with pytest.raises(
+        QuantizationError,
+        match=r'^patch_embed\.projection receives activations that are NaN or infinite',
+    ):
+        calibrate(
+            backbone,
+            find_spec(backbone).block_names(backbone),
+            [Call((image(45, 57),)), Call((x,))],
+            AdaLog(**FAST, propagate_error=propagate),
+        )
 
 
 def test_products_that_overflow_name_the_layer():
@@ -328,20 +434,39 @@ def test_products_that_overflow_name_the_layer():
         first.weight.fill_(3e38)
     module = nn.Sequential(first, second)
     with pytest.raises(QuantizationError, match=r'^1 receives activations'):
-        outputs_of(AdaLog(**FAST), Block('block', module, [Call((torch.full((5, 4), 10.0),))], operations(module)))
+        outputs_of(
+            AdaLog(**FAST),
+            Block(
+                'block', module, [Call((torch.full((5, 4), 10.0),))], operations(module)
+            ),
+        )
 
 
-@pytest.mark.parametrize('method', [AdaLog(**FAST), MinMax()], ids=lambda method: type(method).__name__)
-@pytest.mark.parametrize(('kind', 'factor'), [('linear', 1e19), ('linear', 3e38), ('patch embedding', 1e19), ('convolution', 3e38),
-                                              ('queries and keys', 1e11)])
+@pytest.mark.parametrize(
+    'method', [AdaLog(**FAST), MinMax()], ids=lambda method: type(method).__name__
+)
+@pytest.mark.parametrize(
+    ('kind', 'factor'),
+    [
+        ('linear', 1e19),
+        ('linear', 3e38),
+        ('patch embedding', 1e19),
+        ('convolution', 3e38),
+        ('queries and keys', 1e11),
+    ],
+)
 @torch.no_grad()
 def test_outputs_whose_squares_overflow_name_the_layer(kind, factor, method):
-    """Weights and activations are finite, and activations can be squared, but not what the operation gives."""
+    """Weights and activations are finite, and activations can be squared, but not what
+    the operation gives.
+    """
     op, calls = OPS[kind](), inputs_of(kind, 'positive')
     if kind == 'queries and keys':
         calls = [Call(tuple(factor * x for x in call.args)) for call in calls]
     else:
         op.weight.clamp_(-1, 1).mul_(factor)
-    with pytest.raises(QuantizationError, match=r'^layer gives outputs too large to be squared'):
+    with pytest.raises(
+        QuantizationError, match=r'^layer gives outputs too large to be squared'
+    ):
         outputs_of(method, Block('layer', op, calls, {'layer': op}))
     assert all(quantizer.params is None for quantizer in op.quantizers().values())

@@ -1,4 +1,5 @@
 """Parts of a block that had ended before an operation answer what they gave."""
+
 import pytest
 import torch
 from torch import nn
@@ -26,7 +27,9 @@ def blocks(family):
 
 def same(a, b):
     pairs = zip(*((x if isinstance(x, tuple) else (x,)) for x in (a, b)), strict=True)
-    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs
+    )
 
 
 @torch.no_grad()
@@ -36,7 +39,10 @@ def test_the_output_is_the_modules_from_any_operation_on(family):
         expected = module(*call.args, **call.kwargs)
         for op in operations(module).values():
             with replayed(module, op) as replay:
-                assert all(same(replay.run(*call.args, **call.kwargs), expected) for _ in range(3))
+                assert all(
+                    same(replay.run(*call.args, **call.kwargs), expected)
+                    for _ in range(3)
+                )
         assert before == [part.__dict__.get('forward') for part in module.modules()]
 
 
@@ -59,17 +65,28 @@ def test_what_came_before_runs_once(family):
     """A block's attention for fc1, its first layer for fc2."""
     ran = []
     for name, module, call in blocks(family):
-        layers = {key: op for key, op in operations(module).items() if isinstance(op, QuantLinear)}
+        layers = {
+            key: op
+            for key, op in operations(module).items()
+            if isinstance(op, QuantLinear)
+        }
         if len(layers) < 4:
             continue
-        handles = [op.register_forward_hook(lambda *_, key=key: ran.append(key)) for key, op in operations(module).items()]
+        handles = [
+            op.register_forward_hook(lambda *_, key=key: ran.append(key))
+            for key, op in operations(module).items()
+        ]
         for number, op in enumerate(layers.values()):
             ran.clear()
             with replayed(module, op) as replay:
                 for _ in range(3):
                     replay.run(*call.args, **call.kwargs)
             before = list(layers)[:number]
-            inside = {key for key in operations(module) if key.rpartition('.')[0] == list(layers)[number].rpartition('.')[0]}
+            inside = {
+                key
+                for key in operations(module)
+                if key.rpartition('.')[0] == list(layers)[number].rpartition('.')[0]
+            }
             assert all(ran.count(key) <= 1 or key in inside for key in before), name
             assert all(ran.count(key) == 3 for key in list(layers)[number:])
         for handle in handles:
@@ -102,7 +119,9 @@ def test_a_part_that_runs_before_and_after(given):
         for weight in (op.weight.clone(), torch.eye(4), torch.zeros(4, 4)):
             op.weight.copy_(weight)
             output = replay.run(x)
-            torch.testing.assert_close(output, torch.tanh(torch.tanh(torch.tanh(x) @ weight.t() + op.bias) + x))
+            torch.testing.assert_close(
+                output, torch.tanh(torch.tanh(torch.tanh(x) @ weight.t() + op.bias) + x)
+            )
     assert not torch.equal(output, expected)
 
 
@@ -121,4 +140,6 @@ def test_an_answer_that_is_changed_in_place_is_not_used_again():
     with replayed(module, op) as replay:
         for factor in (1, 2, 3, 4):
             op.weight.copy_(factor * torch.eye(4))
-            torch.testing.assert_close(replay.run(x), torch.tanh(factor * (torch.tanh(x) + 1) + op.bias))
+            torch.testing.assert_close(
+                replay.run(x), torch.tanh(factor * (torch.tanh(x) + 1) + op.bias)
+            )

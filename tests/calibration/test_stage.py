@@ -1,4 +1,6 @@
-"""Stages: one look at a block for all of them, in their order, and back where one does not help."""
+"""Stages: one look at a block for all of them, in their order, and back where one does
+not help.
+"""
 
 import pytest
 import torch
@@ -52,7 +54,10 @@ class Noted:
 
 def test_needs_are_joined_to_what_serves_all():
     joined = Needs(rows=5, channels=2) | Needs(rows=3, channels=9, extremes=True)
-    assert joined == Needs(rows=5, channels=9, extremes=True) and Needs() | Needs() == Needs()
+    assert (
+        joined == Needs(rows=5, channels=9, extremes=True)
+        and Needs() | Needs() == Needs()
+    )
 
 
 def test_a_block_is_observed_once_for_all_stages():
@@ -67,7 +72,10 @@ def test_a_block_is_observed_once_for_all_stages():
         x = torch.cat([call.args[0] for call in block.calls])
         low, high = extremes['first', 'input']
         assert (low, high) == (x.min(), x.max())
-    assert all(torch.equal(*pair) for pair in zip(block.targets, block.run_float(), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(block.targets, block.run_float(), strict=True)
+    )
 
 
 def spoil(block):
@@ -107,11 +115,15 @@ class OldMethod:
 
         outputs = block.observe(100, visit)
         for name, operands in found.items():
-            for role, values in zip(block.ops[name].roles, zip(*operands, strict=True), strict=True):
+            for role, values in zip(
+                block.ops[name].roles, zip(*operands, strict=True), strict=True
+            ):
                 quantizer = block.ops[name].quantizer(role)
                 every = torch.cat([quantizer.grouped(value) for value in values], 1)
                 params = quantizer.range_params(every.amin(1), every.amax(1))
-                quantizer.set(**{key: quantizer.ungrouped(value) for key, value in params.items()})
+                quantizer.set(
+                    **{key: quantizer.ungrouped(value) for key, value in params.items()}
+                )
         return outputs
 
 
@@ -124,7 +136,9 @@ def test_a_method_of_the_old_protocol_goes_on_working(propagate):
     )
     for one, other in zip(found, wanted, strict=True):
         assert one.params.keys() == other.params.keys() and one.sqnr_db == other.sqnr_db
-        assert all(torch.equal(one.params[key], other.params[key]) for key in one.params)
+        assert all(
+            torch.equal(one.params[key], other.params[key]) for key in one.params
+        )
 
 
 def test_a_stage_may_follow_a_method_of_the_old_protocol():
@@ -167,9 +181,13 @@ def test_a_stage_may_prepare_the_float_network():
 def test_short_names_and_what_they_propagate():
     pair = AdaLogBRECQ(**FAST, iterations=7, propagate_error=True)
     search, learning = as_stages(pair)
-    assert search == AdaLog(**FAST, propagate_error=True) and learning == BRECQ(iterations=7)
+    assert search == AdaLog(**FAST, propagate_error=True) and learning == BRECQ(
+        iterations=7
+    )
     assert as_stages([UQViT(), BRECQ()]) == [UQViT(), BRECQ()]
-    answers = [propagates(x) for x in (pair, AdaLog(), UQViT(), [UQViT(), BRECQ()], [MinMax()])]
+    answers = [
+        propagates(x) for x in (pair, AdaLog(), UQViT(), [UQViT(), BRECQ()], [MinMax()])
+    ]
     assert answers == [True, False, True, True, False]
 
 

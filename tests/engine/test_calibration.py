@@ -1,4 +1,5 @@
 """Slide inference, memory and wrappers around a model."""
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +8,12 @@ from mmptq import QuantizationError
 from mmptq.calibration import Block, BlockResult, Call
 from mmptq.checkpoints.progress import load_progress, save_progress
 from mmptq.engine import memory
-from mmptq.engine.calibration import backbone_calls, check_memory, inner_model, quantization
+from mmptq.engine.calibration import (
+    backbone_calls,
+    check_memory,
+    inner_model,
+    quantization,
+)
 
 
 class Segmentor(nn.Module):
@@ -57,16 +63,25 @@ def test_memory_is_measured_and_checked(monkeypatch):
 def test_peak_sees_what_was_taken_since():
     peak = memory.Peak(torch.device('cpu'))
     before = peak.mib()
-    held = torch.ones(512 * memory.MIB // 4)  # more than what the kernel may take back of other pages meanwhile
+    held = torch.ones(
+        512 * memory.MIB // 4
+    )  # more than what the kernel may take back of other pages meanwhile
     assert peak.mib() >= before + 300 and held[-1] > 0
 
 
 # Progress on disk.
 
+
 def results():
     weight = torch.arange(600.0).view(20, 30)
-    return [BlockResult('stages.0', {'fc.weight': weight, 'q.zero_point': torch.tensor(3)}, {'fc': 20.5, 'qk': None}),
-            BlockResult('stages.1', {'fc.scale': torch.rand(5)}, {'fc': -1.25})]
+    return [
+        BlockResult(
+            'stages.0',
+            {'fc.weight': weight, 'q.zero_point': torch.tensor(3)},
+            {'fc': 20.5, 'qk': None},
+        ),
+        BlockResult('stages.1', {'fc.scale': torch.rand(5)}, {'fc': -1.25}),
+    ]
 
 
 def test_progress_is_what_was_saved(tmp_path):
@@ -74,8 +89,14 @@ def test_progress_is_what_was_saved(tmp_path):
     save_progress(tmp_path / 'a.pth', 'me', results()[:1])
     found = load_progress(tmp_path / 'a.pth', 'me')['stages.0']
     expected = results()[0]
-    assert found.sqnr_db == expected.sqnr_db and found.params.keys() == expected.params.keys()
-    assert all(torch.equal(found.params[name], value) for name, value in expected.params.items())
+    assert (
+        found.sqnr_db == expected.sqnr_db
+        and found.params.keys() == expected.params.keys()
+    )
+    assert all(
+        torch.equal(found.params[name], value)
+        for name, value in expected.params.items()
+    )
     with pytest.raises(QuantizationError, match='of a run with another checkpoint'):
         load_progress(tmp_path / 'a.pth', 'another')
 
@@ -85,14 +106,25 @@ def lost(content, key):
 
 
 DAMAGES = {
-    **{f'no {key}': lambda content, key=key: lost(content, key) for key in ('identity', 'blocks', 'checksum')},
+    **{
+        f'no {key}': lambda content, key=key: lost(content, key)
+        for key in ('identity', 'blocks', 'checksum')
+    },
     'no params': lambda content: lost(content['blocks'][0], 'params'),
     'a surplus key': lambda content: content['blocks'][0].update(colour=1),
     'no list': lambda content: content.update(blocks=5),
     'no dict': lambda content: content.update(blocks=['stages.0']),
-    'no tensor': lambda content: content['blocks'][0]['params'].update({'fc.weight': [1.0]}),
-    'another value': lambda content: content['blocks'][0]['params']['fc.weight'][3].add_(1),
-    'another shape': lambda content: content['blocks'][1]['params'].update({'fc.scale': content['blocks'][1]['params']['fc.scale'][None]}),
+    'no tensor': (
+        lambda content: content['blocks'][0]['params'].update({'fc.weight': [1.0]})
+    ),
+    'another value': (
+        lambda content: content['blocks'][0]['params']['fc.weight'][3].add_(1)
+    ),
+    'another shape': (
+        lambda content: content['blocks'][1]['params'].update(
+            {'fc.scale': content['blocks'][1]['params']['fc.scale'][None]}
+        )
+    ),
     'another ratio': lambda content: content['blocks'][1]['sqnr_db'].update(fc=1.25),
     'another identity': lambda content: content.update(identity='yours'),
     'a block less': lambda content: content['blocks'].pop(),
@@ -111,7 +143,11 @@ def test_damaged_progress_is_refused(damage, tmp_path):
 
 @pytest.mark.parametrize('content', [b'', b'nothing', None])
 def test_progress_that_is_no_file_of_ours_is_refused(content, tmp_path):
-    torch.save([1], tmp_path / 'a.pth') if content is None else (tmp_path / 'a.pth').write_bytes(content)
+    (
+        torch.save([1], tmp_path / 'a.pth')
+        if content is None
+        else (tmp_path / 'a.pth').write_bytes(content)
+    )
     with pytest.raises(QuantizationError, match=r'a\.pth is damaged; remove it'):
         load_progress(tmp_path / 'a.pth', 'me')
 
@@ -122,10 +158,15 @@ def test_flipped_bytes_never_pass_unseen(tmp_path):
     save_progress(path, 'me', [first])
     whole = path.read_bytes()
     for place in range(0, len(whole), 23):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1:])
+        path.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :]
+        )
         try:
             found = load_progress(path, 'me')
         except QuantizationError:
             continue
         assert found['stages.0'].sqnr_db == first.sqnr_db
-        assert all(torch.equal(found['stages.0'].params[name], value) for name, value in first.params.items())
+        assert all(
+            torch.equal(found['stages.0'].params[name], value)
+            for name, value in first.params.items()
+        )

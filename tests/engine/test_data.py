@@ -1,4 +1,5 @@
 """Which images are calibrated on."""
+
 import pytest
 from mmengine.config import Config, ConfigDict
 
@@ -9,19 +10,31 @@ TEST = dict(dataset=dict(type='CocoDataset', ann_file='val.json', pipeline=['tes
 
 
 def cfg(train, test=TEST):
-    return Config(ConfigDict(train_dataloader=dict(dataset=train) if train else None, test_dataloader=test))
+    return Config(
+        ConfigDict(
+            train_dataloader=dict(dataset=train) if train else None,
+            test_dataloader=test,
+        )
+    )
 
 
 def test_wrappers_are_taken_off_and_the_test_pipeline_put_in():
     plain = dict(type='CocoDataset', ann_file='train.json', pipeline=['train'])
     expected = dict(type='CocoDataset', ann_file='train.json', pipeline=['test'])
     assert calibration_dataset(cfg(plain)) == expected
-    assert calibration_dataset(cfg(dict(type='RepeatDataset', times=3, dataset=plain))) == expected
+    assert (
+        calibration_dataset(cfg(dict(type='RepeatDataset', times=3, dataset=plain)))
+        == expected
+    )
     balanced = dict(type='ClassBalancedDataset', oversample_thr=1e-3, dataset=plain)
     mixed = dict(type='MultiImageMixDataset', dataset=balanced, pipeline=['mosaic'])
     assert calibration_dataset(cfg(mixed)) == expected
-    both = dict(type='ConcatDataset', datasets=[plain, dict(plain, ann_file='more.json')])
-    assert calibration_dataset(cfg(both)) == dict(type='ConcatDataset', datasets=[expected, dict(expected, ann_file='more.json')])
+    both = dict(
+        type='ConcatDataset', datasets=[plain, dict(plain, ann_file='more.json')]
+    )
+    assert calibration_dataset(cfg(both)) == dict(
+        type='ConcatDataset', datasets=[expected, dict(expected, ann_file='more.json')]
+    )
 
 
 def test_the_test_set_only_when_asked_for():
@@ -34,8 +47,12 @@ def test_the_test_set_only_when_asked_for():
 
 def test_calib_cfg_is_any_config_with_a_train_dataloader(tmp_path):
     path = tmp_path / 'set.py'
-    path.write_text("train_dataloader = dict(dataset=dict(type='Other', pipeline=[]))\n")
-    assert calibration_dataset(cfg(None), str(path)) == dict(type='Other', pipeline=['test'])
+    path.write_text(
+        "train_dataloader = dict(dataset=dict(type='Other', pipeline=[]))\n"
+    )
+    assert calibration_dataset(cfg(None), str(path)) == dict(
+        type='Other', pipeline=['test']
+    )
     path.write_text('model = dict()\n')
     with pytest.raises(QuantizationError, match=r'set\.py has no train_dataloader'):
         calibration_dataset(cfg(None), str(path))

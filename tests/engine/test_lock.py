@@ -20,9 +20,12 @@ with locked(Path(sys.argv[1])):
 
 def test_a_second_run_is_refused_at_once_and_may_go_on_after_the_first(tmp_path):
     with locked(tmp_path):
-        with pytest.raises(
-            QuantizationError, match=rf'another run writes to work_dir {tmp_path}'
-        ), locked(tmp_path):
+        with (
+            pytest.raises(
+                QuantizationError, match=rf'another run writes to work_dir {tmp_path}'
+            ),
+            locked(tmp_path),
+        ):
             pytest.fail('it is held')
         with locked(tmp_path.parent):
             pass  # another directory
@@ -59,7 +62,8 @@ def test_of_several_processes_the_first_one_holds_it(tmp_path, monkeypatch):
         pass
     monkeypatch.setenv('RANK', '0')
     with (
-        locked(tmp_path, 'pytorch'), pytest.raises(QuantizationError, match='another run'),
+        locked(tmp_path, 'pytorch'),
+        pytest.raises(QuantizationError, match='another run'),
         locked(tmp_path, 'pytorch'),
     ):
         pytest.fail('it is held')

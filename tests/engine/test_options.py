@@ -1,4 +1,6 @@
-"""One place for the options: three doors to it, and errors that name an option as it was written."""
+"""One place for the options: three doors to it, and errors that name an option as it
+was written.
+"""
 
 import argparse
 

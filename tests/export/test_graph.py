@@ -20,7 +20,9 @@ def test_a_quantizer_that_has_no_form_is_named_and_a_subclass_has_that_of_its_ba
     operation = Operation(Call('stages.0.fc', ('x',), 'y'))
     with pytest.raises(
         QuantizationError,
-        match=r'stages\.0\.fc: Unknown has no entry in mmptq\.export\.graph\.ACTIVATIONS',
+        match=(
+            r'stages\.0\.fc: Unknown has no entry in mmptq\.export\.graph\.ACTIVATIONS'
+        ),
     ):
         operation.quantized('x', Unknown(4))
     quantizer = OwnUniform(4)

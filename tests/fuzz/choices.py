@@ -10,7 +10,9 @@ MOST = 100_000
 
 
 class Choices:
-    """Takes decisions by the bytes that a fuzzer gives; after the last one all are the first of their kind."""
+    """Takes decisions by the bytes that a fuzzer gives; after the last one all are the
+    first of their kind.
+    """
 
     def __init__(self, data):
         self.data = data
@@ -19,7 +21,7 @@ class Choices:
     def below(self, limit):
         """A whole number from 0 to ``limit`` - 1."""
         length = max(1, (max(limit, 2) - 1).bit_length() + 7 >> 3)
-        piece = self.data[self.place:self.place + length]
+        piece = self.data[self.place : self.place + length]
         self.place += length
         return int.from_bytes(piece, 'little') % limit
 
@@ -32,16 +34,99 @@ class Choices:
 
 
 SHALLOW = [
-    None, True, False, 0, 1, -1, 2, 4, 8, 9, 16, 2**31, 2**63, 2**64, -(2**63), 10**400, 0.5, -1.5, math.nan, math.inf, 1e308, '', '.',
-    '.a', 'a.', 'os.system', 'builtins.exec', 'evil.py', '../x', 'Float', 'UniformQuantizer', 'AdaLogQuantizer', 'DeMaxQuantizer',
-    'MinMax', 'AdaLog', 'UQViT', 'AdaLogBRECQ', 'per_channel', 'gelu', 'float16', '\x1b[2J', '\ud800', '\u202e', 'x' * 1000, b'', b'bytes',
-    (), [], {}, set(), 1j, [None], [[]], {'': None}, {1: 2}, {None: 1}, {'type': 'MinMax'}, {'type': 'os.system'}, range(3), object, len,
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    4,
+    8,
+    9,
+    16,
+    2**31,
+    2**63,
+    2**64,
+    -(2**63),
+    10**400,
+    0.5,
+    -1.5,
+    math.nan,
+    math.inf,
+    1e308,
+    '',
+    '.',
+    '.a',
+    'a.',
+    'os.system',
+    'builtins.exec',
+    'evil.py',
+    '../x',
+    'Float',
+    'UniformQuantizer',
+    'AdaLogQuantizer',
+    'DeMaxQuantizer',
+    'MinMax',
+    'AdaLog',
+    'UQViT',
+    'AdaLogBRECQ',
+    'per_channel',
+    'gelu',
+    'float16',
+    '\x1b[2J',
+    '\ud800',
+    '\u202e',
+    'x' * 1000,
+    b'',
+    b'bytes',
+    (),
+    [],
+    {},
+    set(),
+    1j,
+    [None],
+    [[]],
+    {'': None},
+    {1: 2},
+    {None: 1},
+    {'type': 'MinMax'},
+    {'type': 'os.system'},
+    range(3),
+    object,
+    len,
 ]
 """Values that readers do not expect, but a few that they do."""
 
-NAMES = ['type', 'bits', 'name', 'axis', 'rescale', 'per_head', 'per_channel', 'strict', 'fixed_q', 'fixed_scale', 'symmetric', 'maxima',
-         'side', 'rows', 'steps', 'rounds', 'alphas', 'images', 'method', 'recipe', 'scope', '__class__', 'self', 'init_cfg', '_scope_',
-         'pretrained', '\x1b']
+NAMES = [
+    'type',
+    'bits',
+    'name',
+    'axis',
+    'rescale',
+    'per_head',
+    'per_channel',
+    'strict',
+    'fixed_q',
+    'fixed_scale',
+    'symmetric',
+    'maxima',
+    'side',
+    'rows',
+    'steps',
+    'rounds',
+    'alphas',
+    'images',
+    'method',
+    'recipe',
+    'scope',
+    '__class__',
+    'self',
+    'init_cfg',
+    '_scope_',
+    'pretrained',
+    '\x1b',
+]
 
 
 def spots(tree):
@@ -98,11 +183,25 @@ def _odd_tensor(value, choices):
     if act == 2:
         return value.flatten()
     if act == 3:
-        return value.to(choices.of([torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int64, torch.bool, torch.uint8]))
+        return value.to(
+            choices.of(
+                [
+                    torch.float16,
+                    torch.bfloat16,
+                    torch.float64,
+                    torch.int8,
+                    torch.int64,
+                    torch.bool,
+                    torch.uint8,
+                ]
+            )
+        )
     if act == 4:
         return value * choices.of([-1, 0, 1e-45, 1e38, math.nan, math.inf, 1000])
     if act == 5:
-        return torch.zeros(1).expand(choices.of([3, 70_000, 20_000]), choices.of([1, 20_000]))
+        return torch.zeros(1).expand(
+            choices.of([3, 70_000, 20_000]), choices.of([1, 20_000])
+        )
     if act == 6:
         return torch.empty(0)
     if act == 7:
@@ -133,7 +232,11 @@ def mutated_state(state, choices, most=4):
         if act == 0:
             state.pop(key, None)
         elif act == 1 and key in state:
-            state[choices.of([f'{key}x', key[1:], '\x1b', '', 7, None, 'module.' + str(key)])] = state.pop(key)
+            state[
+                choices.of(
+                    [f'{key}x', key[1:], '\x1b', '', 7, None, 'module.' + str(key)]
+                )
+            ] = state.pop(key)
         elif key in state and isinstance(state[key], torch.Tensor):
             state[key] = odd_tensor(state[key], choices)
         else:
@@ -153,11 +256,15 @@ def mutated_bytes(data, choices):
         if act == 0:
             del data[place:]
         elif act == 1:
-            del data[place:place + 1 + choices.below(16)]
+            del data[place : place + 1 + choices.below(16)]
         elif act == 2:
-            data[place:place] = bytes(choices.below(256) for _ in range(1 + choices.below(8)))
+            data[place:place] = bytes(
+                choices.below(256) for _ in range(1 + choices.below(8))
+            )
         elif act == 3:
-            data[place:place] = data[choices.below(len(data)):][:1 + choices.below(64)]
+            data[place:place] = data[choices.below(len(data)) :][
+                : 1 + choices.below(64)
+            ]
         else:
             data[place] = choices.below(256)
     return bytes(data)

@@ -12,16 +12,27 @@ from .choices import Choices, mutated, spots
 
 @pytest.mark.parametrize('name', harnesses.HARNESSES)
 def test_readers_refuse_or_read(name):
-    refused = [harnesses.run(name, random.Random(f'{name} {number}').randbytes(64)) for number in range(60)]
+    refused = [
+        harnesses.run(name, random.Random(f'{name} {number}').randbytes(64))
+        for number in range(60)
+    ]
     assert any(refused)
 
 
 def test_honest_input_is_read():
     honest = harnesses.honest()
-    assert harnesses.load_file(harnesses._file(honest.pth, '.pth'))['state_dict'].keys() == honest.state.keys()
-    assert harnesses.read_packed(harnesses._file(honest.packed, '.safetensors'))['state_dict']
+    assert (
+        harnesses.load_file(harnesses._file(honest.pth, '.pth'))['state_dict'].keys()
+        == honest.state.keys()
+    )
+    assert harnesses.read_packed(harnesses._file(honest.packed, '.safetensors'))[
+        'state_dict'
+    ]
     assert harnesses.load_progress(harnesses._file(honest.progress, '.pth'), 'me')
-    assert harnesses.checked_about(honest.about, 'file').to_dict() == {**honest.about, 'schema': 2}
+    assert harnesses.checked_about(honest.about, 'file').to_dict() == {
+        **honest.about,
+        'schema': 2,
+    }
     harnesses.load_checked(harnesses._fresh(), honest.state, 'file')
 
 
@@ -36,8 +47,14 @@ def test_a_crash_would_be_seen(monkeypatch):
 
 def test_trees_are_changed_and_may_hold_themselves():
     tree = {'a': [1, {'b': 2}], 'c': 3}
-    changed = [mutated(tree, Choices(bytes([0, place, act, act, act, 7]))) for place in range(3) for act in range(6)]
-    assert tree == {'a': [1, {'b': 2}], 'c': 3} and any(each != tree for each in changed)
+    changed = [
+        mutated(tree, Choices(bytes([0, place, act, act, act, 7])))
+        for place in range(3)
+        for act in range(6)
+    ]
+    assert tree == {'a': [1, {'b': 2}], 'c': 3} and any(
+        each != tree for each in changed
+    )
     tree['a'].append(tree)
     assert len(spots(tree)) == 3
 
@@ -55,7 +72,9 @@ CRASHES = {
     'a name of a screen': dict(name='\x1b[2J'),
 }
 LAYERS = {
-    'a command for a layer': {'*': dict(quantizers=dict(key=dict(type='os.system', command='true')))},
+    'a command for a layer': {
+        '*': dict(quantizers=dict(key=dict(type='os.system', command='true')))
+    },
     'a pattern of a screen': {'\x1b[2J': dict(float=True)},
     'a pattern that is a number': {1: dict(float=True)},
     'an entry that is a list': {'*': [1]},

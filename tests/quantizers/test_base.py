@@ -1,4 +1,7 @@
-"""What all quantizers share: identity, parameters, checkpoints, the fast way, the way by codes and many at once."""
+"""What all quantizers share: identity, parameters, checkpoints, the fast way, the way
+by codes and many at once.
+"""
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,15 @@ from mmptq.layers import GeluShift, QuantLinear, Rescale
 from mmptq.quantizers import AdaLogQuantizer, Float, UniformQuantizer, calibrated_parts
 from mmptq.quantizers.base import Grid, around, best_of
 
-from ..conftest import adalog, adalog_codes, adalog_values, covering, equip, rescaled, uniform
+from ..conftest import (
+    adalog,
+    adalog_codes,
+    adalog_values,
+    covering,
+    equip,
+    rescaled,
+    uniform,
+)
 
 CALIBRATED = {
     'uniform': lambda: uniform(-1.3, 2.1),
@@ -49,14 +60,26 @@ def test_forward_is_decode_of_encode_bit_for_bit(name, layout):
     before = x.clone()
     out = quantizer(x)
     codes = quantizer.encode(x, **quantizer.params)
-    assert out.shape == x.shape == codes.shape and out.dtype == torch.float32 and codes.dtype == torch.int16
+    assert (
+        out.shape == x.shape == codes.shape
+        and out.dtype == torch.float32
+        and codes.dtype == torch.int16
+    )
     assert torch.equal(out, by_codes(quantizer, x))
     assert torch.equal(x, before)
     assert x.numel() == 0 or not torch.equal(out, x)
 
 
-@pytest.mark.parametrize(('shape', 'axis'), [((300, 400), -2), ((60, 40, 8, 8), -4), ((5, 300, 90), -2), ((40, 2000), -1),
-                                             ((3, 30000), -1)])
+@pytest.mark.parametrize(
+    ('shape', 'axis'),
+    [
+        ((300, 400), -2),
+        ((60, 40, 8, 8), -4),
+        ((5, 300, 90), -2),
+        ((40, 2000), -1),
+        ((3, 30000), -1),
+    ],
+)
 def test_large_tensors_with_parameters_along_any_axis(shape, axis):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     quantizer = covering(x, 5, axis)
@@ -76,43 +99,69 @@ def test_other_dtypes_are_kept(name, dtype, layout):
     quantizer, x = CALIBRATED[name](), LAYOUTS[layout]().to(dtype)
     out = quantizer(x)
     assert out.dtype == dtype
-    same = (out.float() - quantizer(x.float())).abs() <= 0.01 * out.float().abs() + 1e-3  # not where rounding tips over
+    same = (
+        out.float() - quantizer(x.float())
+    ).abs() <= 0.01 * out.float().abs() + 1e-3  # not where rounding tips over
     assert same.double().mean() > 0.9
 
 
 def test_scalars():
     for quantizer in (uniform(-1, 1), adalog(4, 37)):
         x = torch.tensor(0.3)
-        assert quantizer(x).shape == () and torch.equal(quantizer(x), quantizer(x[None])[0])
+        assert quantizer(x).shape == () and torch.equal(
+            quantizer(x), quantizer(x[None])[0]
+        )
 
 
 # Many parameters at once.
+
 
 def candidates(kind, number, groups, seed=0):
     """Random parameters (number, groups), and a quantizer for them."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(number, groups, generator=generator) * 0.4 + 0.01
     if kind == 'uniform':
-        return UniformQuantizer(4), {'scale': scale, 'zero_point': torch.randint(0, 16, (number, groups), generator=generator).int()}
+        return UniformQuantizer(4), {
+            'scale': scale,
+            'zero_point': (
+                torch.randint(0, 16, (number, groups), generator=generator).int()
+            ),
+        }
     quantizer = AdaLogQuantizer(4, strict=kind == 'strict')
-    return quantizer, {'scale': 4 * scale, 'q': torch.randint(10, 138, (number, groups), generator=generator).float()}
+    return quantizer, {
+        'scale': 4 * scale,
+        'q': torch.randint(10, 138, (number, groups), generator=generator).float(),
+    }
 
 
 @pytest.mark.parametrize('shared', [False, True], ids=['by group', 'shared'])
-@pytest.mark.parametrize('shape', [(1, 1, 1, 1), (1, 1, 40, 5), (3, 1, 1, 30), (2, 4, 7, 6)], ids=str)
+@pytest.mark.parametrize(
+    'shape', [(1, 1, 1, 1), (1, 1, 40, 5), (3, 1, 1, 30), (2, 4, 7, 6)], ids=str
+)
 @pytest.mark.parametrize('kind', ['uniform', 'adalog', 'strict'])
 def test_many_at_once_are_each_by_itself(kind, shape, shared):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + (0 if kind == 'uniform' else 1)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + (
+        0 if kind == 'uniform' else 1
+    )
     x[..., 0] = 0
     quantizer, params = candidates(kind, 9, 1 if shared else shape[0])
     before = x.clone()
     rounder = quantizer.rounder(x)
-    rounder(**{name: value[:4] for name, value in params.items()}).fill_(5)  # whoever asked may change what he got
+    rounder(**{name: value[:4] for name, value in params.items()}).fill_(
+        5
+    )  # whoever asked may change what he got
     many = rounder(**params)
-    assert many.shape == (shape[0], shape[1], 9, *shape[2:]) and many.dtype == x.dtype and torch.equal(x, before)
+    assert (
+        many.shape == (shape[0], shape[1], 9, *shape[2:])
+        and many.dtype == x.dtype
+        and torch.equal(x, before)
+    )
     for number in range(9):
         for group in range(shape[0]):
-            one = {name: value[number, 0 if shared else group] for name, value in params.items()}
+            one = {
+                name: value[number, 0 if shared else group]
+                for name, value in params.items()
+            }
             expected = quantizer.fake_quantize(x[group], **one)
             found = many[group, :, number]
             if kind == 'uniform':
@@ -124,35 +173,58 @@ def test_many_at_once_are_each_by_itself(kind, shape, shared):
 def same_but_at_ties(found, expected, x, params, quantizer):
     """Equal, or the next code's value where the logarithm lies between two codes."""
     scale, q = (float(params[name]) for name in ('scale', 'q'))
-    codes, from_tie = adalog_codes(x.numpy(), q, quantizer.bits, scale, quantizer.strict)
+    codes, from_tie = adalog_codes(
+        x.numpy(), q, quantizer.bits, scale, quantizer.strict
+    )
     differ = found.numpy() != expected.numpy()
     assert (from_tie[differ] < 1e-4).all()
     values = adalog_values(quantizer.bits, q, scale, quantizer.strict)
     for value, code in zip(found.numpy()[differ], codes[differ], strict=True):
-        assert value in values[max(0, code - 1):code + 2]
+        assert value in values[max(0, code - 1) : code + 2]
 
 
-@given(bits=st.integers(2, 8), strict=st.booleans(), count=st.integers(1, 5), seed=st.integers(0, 10**6),
-       exponents=st.lists(st.floats(-60, 4, width=32), min_size=1, max_size=20))
+@given(
+    bits=st.integers(2, 8),
+    strict=st.booleans(),
+    count=st.integers(1, 5),
+    seed=st.integers(0, 10**6),
+    exponents=st.lists(st.floats(-60, 4, width=32), min_size=1, max_size=20),
+)
 def test_many_bases_at_once_whatever_the_values(bits, strict, count, seed, exponents):
     generator = torch.Generator().manual_seed(seed)
     scale = torch.exp2(torch.rand(count, 1, generator=generator) * 20 - 10)
     q = torch.randint(10, 138, (count, 1), generator=generator).float()
-    x = torch.cat([torch.tensor(exponents).exp2(), torch.tensor([0.0, -1.0]), scale.flatten()])[None, None, None]
+    x = torch.cat(
+        [torch.tensor(exponents).exp2(), torch.tensor([0.0, -1.0]), scale.flatten()]
+    )[None, None, None]
     quantizer = AdaLogQuantizer(bits, strict=strict)
     many = quantizer.rounder(x)(scale=scale, q=q)
     for number in range(count):
         one = {'scale': scale[number, 0], 'q': q[number, 0]}
-        same_but_at_ties(many[0, :, number], quantizer.fake_quantize(x[0], **one), x[0], one, quantizer)
-        assert many[0, 0, number, 0, -count + number] == scale[number, 0]  # the largest value is exact
+        same_but_at_ties(
+            many[0, :, number],
+            quantizer.fake_quantize(x[0], **one),
+            x[0],
+            one,
+            quantizer,
+        )
+        assert (
+            many[0, 0, number, 0, -count + number] == scale[number, 0]
+        )  # the largest value is exact
 
 
-@given(bits=st.integers(2, 8), count=st.integers(1, 5), seed=st.integers(0, 10**6),
-       values=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20))
+@given(
+    bits=st.integers(2, 8),
+    count=st.integers(1, 5),
+    seed=st.integers(0, 10**6),
+    values=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20),
+)
 def test_many_ranges_at_once_whatever_the_values(bits, count, seed, values):
     generator = torch.Generator().manual_seed(seed)
     scale = torch.exp2(torch.rand(count, 1, generator=generator) * 20 - 10)
-    zero_point = torch.randint(0, 2**bits, (count, 1), generator=generator, dtype=torch.int32)
+    zero_point = torch.randint(
+        0, 2**bits, (count, 1), generator=generator, dtype=torch.int32
+    )
     quantizer, x = UniformQuantizer(bits), torch.tensor(values)[None, None, None]
     many = quantizer.rounder(x)(scale=scale, zero_point=zero_point)
     for number in range(count):
@@ -167,21 +239,42 @@ def test_the_best_of_a_grid_are_chosen_by_group():
     errors[:, 1] *= -1
     best = best_of(grid, errors, 3)
     for name, value in grid.params.items():
-        assert torch.equal(best[name], torch.stack([value[[0, 1, 2], 0], value[[15, 14, 13], 1]], 1))
-    shared = Grid({'scale': torch.arange(1.0, 17)[:, None]}, grid.spacing)  # the same for all groups
+        assert torch.equal(
+            best[name], torch.stack([value[[0, 1, 2], 0], value[[15, 14, 13], 1]], 1)
+        )
+    shared = Grid(
+        {'scale': torch.arange(1.0, 17)[:, None]}, grid.spacing
+    )  # the same for all groups
     assert best_of(shared, errors, 2)['scale'].tolist() == [[1, 16], [2, 15]]
 
 
 def test_scales_around_others_are_positive():
     scales = around(torch.tensor([[1.0, 1.0], [0.1, 3.0]]), torch.tensor([0.6, 2.0]), 3)
-    expected = [[0.7, 1], [1, 1], [1.3, 2], [0.1, 2], [0.1, 3], [0.4, 4]]  # those at 0 and below give way to the centre
+    expected = [
+        [0.7, 1],
+        [1, 1],
+        [1.3, 2],
+        [0.1, 2],
+        [0.1, 3],
+        [0.4, 4],
+    ]  # those at 0 and below give way to the centre
     np.testing.assert_allclose(scales.numpy(), expected, rtol=1e-6)
 
 
 # Parameters.
 
-@pytest.mark.parametrize('module', [UniformQuantizer(4), UniformQuantizer(4, axis=-2), AdaLogQuantizer(4), Rescale(), GeluShift()],
-                         ids=repr)
+
+@pytest.mark.parametrize(
+    'module',
+    [
+        UniformQuantizer(4),
+        UniformQuantizer(4, axis=-2),
+        AdaLogQuantizer(4),
+        Rescale(),
+        GeluShift(),
+    ],
+    ids=repr,
+)
 def test_without_parameters_it_is_the_identity(module):
     x = torch.randn(3, 4, requires_grad=True)
     assert module.params is None and module.state_dict() == {}
@@ -191,14 +284,19 @@ def test_without_parameters_it_is_the_identity(module):
 def test_parts_that_need_parameters():
     op = rescaled(nn.Linear(6, 5), GeluShift)
     equip(op, input=AdaLogQuantizer(4), weight=Float(axis=-2))
-    assert calibrated_parts(op) == {'rescale': op.rescale, 'input_quantizer': op.input_quantizer}
+    assert calibrated_parts(op) == {
+        'rescale': op.rescale,
+        'input_quantizer': op.input_quantizer,
+    }
     assert calibrated_parts(nn.Linear(6, 5)) == {}
 
 
 def test_float_is_the_identity_whatever_the_bits():
     x = torch.randn(3, 4)
     for quantizer in (Float(), Float(4), Float(8, axis=-2)):
-        assert quantizer.bits == 32 and quantizer(x) is x and quantizer.state_dict() == {}
+        assert (
+            quantizer.bits == 32 and quantizer(x) is x and quantizer.state_dict() == {}
+        )
 
 
 @pytest.mark.parametrize('cls', [UniformQuantizer, AdaLogQuantizer])
@@ -213,19 +311,24 @@ def test_axis_counts_from_the_end():
         UniformQuantizer(4, axis=0)
 
 
-@pytest.mark.parametrize('params', [
-    dict(scale=torch.tensor(1.0)),
-    dict(zero_point=torch.tensor(1)),
-    dict(scale=torch.tensor(1.0), zero_point=torch.tensor(1), q=torch.tensor(1.0)),
-    dict(scale=torch.tensor(1.0), zero=torch.tensor(1)),
-    dict(scale=torch.tensor(float('nan')), zero_point=torch.tensor(1)),
-    dict(scale=torch.tensor(float('inf')), zero_point=torch.tensor(1)),
-    dict(scale=torch.tensor(0.0), zero_point=torch.tensor(1)),
-    dict(scale=torch.tensor(-1e-9), zero_point=torch.tensor(1)),
-])
+@pytest.mark.parametrize(
+    'params',
+    [
+        dict(scale=torch.tensor(1.0)),
+        dict(zero_point=torch.tensor(1)),
+        dict(scale=torch.tensor(1.0), zero_point=torch.tensor(1), q=torch.tensor(1.0)),
+        dict(scale=torch.tensor(1.0), zero=torch.tensor(1)),
+        dict(scale=torch.tensor(float('nan')), zero_point=torch.tensor(1)),
+        dict(scale=torch.tensor(float('inf')), zero_point=torch.tensor(1)),
+        dict(scale=torch.tensor(0.0), zero_point=torch.tensor(1)),
+        dict(scale=torch.tensor(-1e-9), zero_point=torch.tensor(1)),
+    ],
+)
 def test_set_takes_all_parameters_finite_ones_and_positive_scales(params):
     quantizer = UniformQuantizer(4)
-    with pytest.raises(ValueError, match=r'takes the parameters|is not finite|is not positive'):
+    with pytest.raises(
+        ValueError, match=r'takes the parameters|is not finite|is not positive'
+    ):
         quantizer.set(**params)
 
 
@@ -233,22 +336,71 @@ HALF, ONE = torch.tensor(0.5), torch.tensor(1)
 EACH = torch.full((3, 1), 0.5), torch.ones(3, 1, dtype=torch.int32)
 
 
-@pytest.mark.parametrize(('axis', 'params', 'fault'), [
-    (None, dict(scale=HALF[None], zero_point=ONE), r'scale has the shape \(1,\), not 0 dimensions'),
-    (None, dict(scale=HALF, zero_point=ONE[None]), r'zero_point has the shape \(1,\)'),
-    (None, dict(scale=torch.tensor(1e-42), zero_point=ONE), 'scale is too small to divide by'),
-    (None, dict(scale=HALF.half(), zero_point=ONE), r'scale is of type torch\.float16'),
-    (None, dict(scale=ONE, zero_point=ONE), r'scale is of type torch\.int64'),
-    (None, dict(scale=HALF, zero_point=HALF), r'zero_point is of type torch\.float32, not int32'),
-    (None, dict(scale=HALF, zero_point=ONE.bool()), r'zero_point is of type torch\.bool'),
-    (None, dict(scale=HALF, zero_point=-ONE), 'zero_point is not within 0 to 15'),
-    (None, dict(scale=HALF, zero_point=16 * ONE), 'zero_point is not within 0 to 15'),
-    (-2, dict(scale=EACH[0].t(), zero_point=EACH[1]), r'scale has the shape \(1, 3\), not \(3, 1\)'),
-    (-2, dict(scale=EACH[0][:2], zero_point=EACH[1]), r'scale has the shape \(2, 1\), not \(3, 1\)'),
-    (-2, dict(scale=EACH[0], zero_point=EACH[1][:0]), r'zero_point has the shape \(0, 1\), not \(3, 1\)'),
-    (-2, dict(scale=HALF, zero_point=ONE), r'scale has the shape \(\), not 2 dimensions'),
-])
-def test_set_and_checkpoints_take_parameters_of_the_right_shape_type_and_range(axis, params, fault):
+@pytest.mark.parametrize(
+    ('axis', 'params', 'fault'),
+    [
+        (
+            None,
+            dict(scale=HALF[None], zero_point=ONE),
+            r'scale has the shape \(1,\), not 0 dimensions',
+        ),
+        (
+            None,
+            dict(scale=HALF, zero_point=ONE[None]),
+            r'zero_point has the shape \(1,\)',
+        ),
+        (
+            None,
+            dict(scale=torch.tensor(1e-42), zero_point=ONE),
+            'scale is too small to divide by',
+        ),
+        (
+            None,
+            dict(scale=HALF.half(), zero_point=ONE),
+            r'scale is of type torch\.float16',
+        ),
+        (None, dict(scale=ONE, zero_point=ONE), r'scale is of type torch\.int64'),
+        (
+            None,
+            dict(scale=HALF, zero_point=HALF),
+            r'zero_point is of type torch\.float32, not int32',
+        ),
+        (
+            None,
+            dict(scale=HALF, zero_point=ONE.bool()),
+            r'zero_point is of type torch\.bool',
+        ),
+        (None, dict(scale=HALF, zero_point=-ONE), 'zero_point is not within 0 to 15'),
+        (
+            None,
+            dict(scale=HALF, zero_point=16 * ONE),
+            'zero_point is not within 0 to 15',
+        ),
+        (
+            -2,
+            dict(scale=EACH[0].t(), zero_point=EACH[1]),
+            r'scale has the shape \(1, 3\), not \(3, 1\)',
+        ),
+        (
+            -2,
+            dict(scale=EACH[0][:2], zero_point=EACH[1]),
+            r'scale has the shape \(2, 1\), not \(3, 1\)',
+        ),
+        (
+            -2,
+            dict(scale=EACH[0], zero_point=EACH[1][:0]),
+            r'zero_point has the shape \(0, 1\), not \(3, 1\)',
+        ),
+        (
+            -2,
+            dict(scale=HALF, zero_point=ONE),
+            r'scale has the shape \(\), not 2 dimensions',
+        ),
+    ],
+)
+def test_set_and_checkpoints_take_parameters_of_the_right_shape_type_and_range(
+    axis, params, fault
+):
     quantizer = UniformQuantizer(4, axis=axis)
     quantizer.groups = None if axis is None else 3
     with pytest.raises(ValueError, match=fault):
@@ -283,7 +435,9 @@ def test_set_copies():
 def test_clear_forgets():
     quantizer, x = uniform(-1, 1), torch.randn(5)
     quantizer.clear()
-    assert quantizer.params is None and quantizer(x) is x and quantizer.state_dict() == {}
+    assert (
+        quantizer.params is None and quantizer(x) is x and quantizer.state_dict() == {}
+    )
 
 
 def test_groups_have_a_row_each():
@@ -292,14 +446,23 @@ def test_groups_have_a_row_each():
     quantizer = UniformQuantizer(4, axis=-2)
     grouped = quantizer.grouped(x)
     assert grouped.shape == (3, 8)
-    assert all(torch.equal(grouped[row].sort().values, x[:, row].flatten().sort().values) for row in range(3))
+    assert all(
+        torch.equal(grouped[row].sort().values, x[:, row].flatten().sort().values)
+        for row in range(3)
+    )
     assert quantizer.ungrouped(grouped.amax(1)).shape == (3, 1)
     assert quantizer.ungrouped(torch.zeros(7, 3)).shape == (7, 3, 1)
 
 
 # Checkpoints.
 
-KEYS = {'rescale.shift', 'input_quantizer.scale', 'input_quantizer.q', 'weight_quantizer.scale', 'weight_quantizer.zero_point'}
+KEYS = {
+    'rescale.shift',
+    'input_quantizer.scale',
+    'input_quantizer.q',
+    'weight_quantizer.scale',
+    'weight_quantizer.zero_point',
+}
 
 
 def linear(calibrated):
@@ -338,7 +501,10 @@ def test_a_float_state_dict_leaves_it_the_identity():
     torch.manual_seed(4)
     float_layer = nn.Linear(6, 4)
     op.load_state_dict(float_layer.state_dict(), strict=True)
-    assert all(quantizer.params is None for quantizer in op.quantizers().values()) and op.rescale.params is None
+    assert (
+        all(quantizer.params is None for quantizer in op.quantizers().values())
+        and op.rescale.params is None
+    )
     assert torch.equal(op(x), float_layer(x))
 
 
@@ -349,11 +515,18 @@ def test_a_float_state_dict_does_not_pass_as_a_quantized_one():
 
 def test_parameters_move_with_the_module():
     op = linear(True).to(torch.float64)
-    assert op.input_quantizer.scale.dtype == op.weight_quantizer.scale.dtype == op.rescale.shift.dtype == torch.float64
+    assert (
+        op.input_quantizer.scale.dtype
+        == op.weight_quantizer.scale.dtype
+        == op.rescale.shift.dtype
+        == torch.float64
+    )
     assert op(torch.randn(5, 6, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_loaded_parameters_are_on_the_device_of_the_module():
     op = linear(False).to('meta')
     op.load_state_dict(linear(True).state_dict())
-    assert op.weight_quantizer.scale.device == op.rescale.shift.device == op.weight.device
+    assert (
+        op.weight_quantizer.scale.device == op.rescale.shift.device == op.weight.device
+    )

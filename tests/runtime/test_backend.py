@@ -67,7 +67,9 @@ def test_a_gpu_with_triton_has_its_kernels(monkeypatch):
     monkeypatch.setattr(choice, 'has_triton', lambda device: device == GPU)
     backend = choose_backend(GPU)
     assert type(backend).__name__ == 'TritonBackend' and not backend.fuses_maps
-    assert backend.block.__name__ == 'GpuBlock' and issubclass(backend.block, IntegerBlock)
+    assert backend.block.__name__ == 'GpuBlock' and issubclass(
+        backend.block, IntegerBlock
+    )
 
 
 def test_it_is_chosen_once_for_a_model(monkeypatch, uncompiled):

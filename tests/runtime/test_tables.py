@@ -92,7 +92,10 @@ def test_a_quantizer_that_a_table_lacks_is_named():
         integer_weight(weight)
     with pytest.raises(
         NoIntegerForm,
-        match=r'a product of Unknown and UniformQuantizer operands has no entry in .*PAIRS',
+        match=(
+            r'a product of Unknown and UniformQuantizer operands has no entry in'
+            r' .*PAIRS'
+        ),
     ):
         matmul.pair_for(Unknown(4), whole(1, 0, 4))
 

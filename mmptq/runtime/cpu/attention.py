@@ -11,7 +11,8 @@ from ..kernels import Side, coded, fused, integer_product, softmax_side, with_ma
 
 
 def attend(x: Tensor, attention: Attention) -> Tensor:
-    """Codes for the layer after an attention, from the steps of queries, keys and values.
+    """Codes for the layer after an attention, from the steps of queries, keys and
+    values.
 
     Args:
         x: uint8, (windows, length, 3, heads, channels).
@@ -97,8 +98,8 @@ def softmax(
 def merge_heads(
     x: Tensor, gain: Tensor, change: Change | None, coder: Uniform | AdaLog
 ) -> Tensor:
-    """Codes of an attention's output, (windows, length, heads * channels), from integer sums
-    (windows, heads, length, channels).
+    """Codes of an attention's output, (windows, length, heads * channels), from integer
+    sums (windows, heads, length, channels).
     """
     x = (x * gain).transpose(1, 2)
     return coded(x.reshape(x.shape[0], x.shape[1], -1), change, coder)

@@ -1,10 +1,10 @@
 """Transformer blocks on a CPU, worked through in pieces that stay in the cache.
 
-A block ``x + attention(norm1(x))``, ``x + ffn(norm2(x))`` runs as: window by window (a Vision
-Transformer has one) codes of the normalized tokens, queries, keys and values, both products,
-codes of the attention's output; then, piece by piece of tokens, the projection and the
-feed-forward network, added to them in place. Windows are padded, shifted and cut by one index of
-tokens for each size.
+A block ``x + attention(norm1(x))``, ``x + ffn(norm2(x))`` runs as: window by window (a
+Vision Transformer has one) codes of the normalized tokens, queries, keys and values,
+both products, codes of the attention's output; then, piece by piece of tokens, the
+projection and the feed-forward network, added to them in place. Windows are padded,
+shifted and cut by one index of tokens for each size.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..windows import shifted
 from .attention import attend, attend_at_once
 
 PIECE = 2**21
-"""Values of the widest tensor of a piece: more leave the cache and take memory, fewer are not
-worth the calls.
+"""Values of the widest tensor of a piece: more leave the cache and take memory, fewer
+are not worth the calls.
 """
 
 LEAST = 2048
-"""Tokens of a piece for the feed-forward network, at least: with fewer, reading the weights costs
-most.
+"""Tokens of a piece for the feed-forward network, at least: with fewer, reading the
+weights costs most.
 """
 
 
@@ -48,8 +48,8 @@ class CpuBlock(IntegerBlock):
         return x
 
     def _attention(self, codes: Tensor, hw_shape: tuple[int, int] | None) -> Tensor:
-        """Codes for the projection from codes for queries, keys and values, (tokens, channels)
-        both.
+        """Codes for the projection from codes for queries, keys and values, (tokens,
+        channels) both.
         """
         if self.window is None or hw_shape is None:
             return self._attend(codes[None], None)[0]
@@ -71,8 +71,8 @@ class CpuBlock(IntegerBlock):
         return attended.flatten(0, 1).index_select(0, windows.place)
 
     def _attend(self, codes: Tensor, mask: Tensor | None) -> Tensor:
-        """Codes for the projection, (windows, length, channels), from codes for queries, keys and
-        values.
+        """Codes for the projection, (windows, length, channels), from codes for
+        queries, keys and values.
         """
         count, length, channels = codes.shape
         steps = self.heads_steps(codes.view(-1, channels)).view(

@@ -20,7 +20,8 @@ class OneDnnConvolution:
         zero_point: Of the codes.
 
     Raises:
-        NoIntegerForm: If its sums are not those of a convolution in float64, which is tried once.
+        NoIntegerForm: If its sums are not those of a convolution in float64, which is
+            tried once.
     """
 
     def __init__(self, op: QuantConv2d, weight: Tensor, zero_point: int) -> None:

@@ -12,7 +12,9 @@ from ..products import Steps, beside
 
 
 class Packed:
-    """A weight as oneDNN keeps it, which torch can neither copy nor save; it is never changed."""
+    """A weight as oneDNN keeps it, which torch can neither copy nor save; it is never
+    changed.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor

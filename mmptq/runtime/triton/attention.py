@@ -80,8 +80,8 @@ class GpuAttention:
         window: Size and shift of the windows; None: one window.
 
     Raises:
-        NoIntegerForm: For more than one maximum of DeMax, and heads of more channels than float32
-            has exact sums of.
+        NoIntegerForm: For more than one maximum of DeMax, and heads of more channels
+            than float32 has exact sums of.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class GpuAttention:
     def __call__(
         self, steps: Tensor, images: int, hw_shape: tuple[int, int] | None
     ) -> Tensor:
-        """From steps of queries, keys and values (images tokens + 1, 3 heads channels), the last
-        row for padding, uint8, to codes for the
-        next layer, (images tokens, heads channels), uint8.
+        """From steps of queries, keys and values (images tokens + 1, 3 heads channels),
+        the last row for padding, uint8, to codes for the next layer, (images tokens,
+        heads channels), uint8.
         """
         tokens = (len(steps) - 1) // images
         out = steps.new_empty(len(steps) - 1, self.heads * self.channels)

@@ -16,7 +16,9 @@ PATH = 'int8, by Triton'
 
 
 class TritonBackend:
-    """Kernels in Triton; a weight that int8 does not hold takes no more outputs or passes there."""
+    """Kernels in Triton; a weight that int8 does not hold takes no more outputs or
+    passes there.
+    """
 
     block = GpuBlock
     fuses_maps = False

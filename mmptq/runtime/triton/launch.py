@@ -28,8 +28,8 @@ def tried(run: Callable[[], Result]) -> Result:
     """What a first launch gives.
 
     Raises:
-        NoIntegerForm: If it fails: Triton's compiler raises errors of several kinds, and what a
-            GPU lacks is known only then.
+        NoIntegerForm: If it fails: Triton's compiler raises errors of several kinds,
+            and what a GPU lacks is known only then.
     """
     try:
         return run()
@@ -42,7 +42,9 @@ def tried(run: Callable[[], Result]) -> Result:
 
 
 def vectors(change: Change | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Factor and shift of a change for each channel of a vector; without a change one and zero."""
+    """Factor and shift of a change for each channel of a vector; without a change one
+    and zero.
+    """
     if change is None:
         return torch.ones_like(like), torch.zeros_like(like)
     return each_of(change.factor, len(like)), each_of(change.shift, len(like))

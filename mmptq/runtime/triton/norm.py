@@ -37,7 +37,9 @@ class GpuNorm:
         self.coder = float(coder.inverse), float(coder.zero), float(coder.most)
 
     def __call__(self, x: Tensor, out: Tensor) -> None:
-        """From rows (rows, channels), contiguous float32, to uint8 in the first rows of ``out``."""
+        """From rows (rows, channels), contiguous float32, to uint8 in the first rows of
+        ``out``.
+        """
         width = power_of_two(self.channels)
         rows = max(1, 4096 // width)
         launch(

@@ -15,20 +15,22 @@ from .launch import launch, power_of_two, tried
 
 
 class GpuProduct:
-    """uint8 codes times int8 weights on tensor cores (:class:`mmptq.runtime.products.Product`).
+    """uint8 codes times int8 weights on tensor cores
+    (:class:`mmptq.runtime.products.Product`).
 
-    A weight's integers that int8 does not hold become ``w + excess``, with an excess for each
-    output, and the sums gain its product with the sum of the codes. Codes of 8 bits are
-    multiplied as ``code - 128``.
+    A weight's integers that int8 does not hold become ``w + excess``, with an excess
+    for each output, and the sums gain its product with the sum of the codes. Codes of 8
+    bits are multiplied as ``code - 128``.
 
     Args:
-        integers: The weight's, (out, in), of at most 255 from the least to the largest of an
-            output.
+        integers: The weight's, (out, in), of at most 255 from the least to the largest
+            of an output.
         zero_point: Of the codes.
         most: The largest code.
 
     Raises:
-        NoIntegerForm: If the sums are not those of an int64 product, which is tried once.
+        NoIntegerForm: If the sums are not those of an int64 product, which is tried
+            once.
     """
 
     at_once = takes_change = True
@@ -106,9 +108,8 @@ class GpuProduct:
             outputs,
         ):  # a kernel would read beyond them
             raise QuantizationError(
-                f'a product of {inputs} inputs and {outputs} outputs got codes of shape '
-                f'{tuple(codes.shape)} for a '
-                f'tensor of shape {tuple(out.shape)}'
+                f'a product of {inputs} inputs and {outputs} outputs got codes of shape'
+                f' {tuple(codes.shape)} for a tensor of shape {tuple(out.shape)}'
             )
         rows, depth = 128, 128 if inputs % 128 == 0 else 64 if inputs % 64 == 0 else 32
         if inputs <= 128:
