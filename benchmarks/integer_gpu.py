@@ -99,9 +99,9 @@ def layer_row(
 ) -> dict[str, Any]:
     """A layer from codes to codes, and in bfloat16."""
     rows, inputs, outputs = shape
-    codes = torch.randint(0, layer.coder.most + 1, (rows, inputs), device=device).to(
+    codes = torch.randint(0, layer.coder.most + 1, (rows, inputs), device=device).to(  # type: ignore[union-attr]
         torch.uint8
-    )  # type: ignore[union-attr]
+    )
     steps = Steps(0.05, 128, 255)
     x, weight, bias = (
         torch.randn(*size, device=device, dtype=torch.bfloat16)

@@ -330,9 +330,9 @@ def convert_keys(weights: Mapping[str, Tensor], name: str | None = None) -> Conv
             permuted += order is not None
     # torch keeps versions of modules beside a state dict, which heads of mmdet ask for.
     versions = getattr(weights, '_metadata', {})
-    state_dict._metadata = OrderedDict(
+    state_dict._metadata = OrderedDict(  # type: ignore[attr-defined]
         (key.removeprefix('module.'), versions[key]) for key in versions
-    )  # type: ignore[attr-defined]
+    )
     return Conversion(
         layout, state_dict, renamed, permuted, len(state_dict) - renamed, tuple(dropped)
     )

@@ -308,14 +308,14 @@ class QuantConv2d(QuantOp, nn.Conv2d):
             op = cls(
                 conv.in_channels,
                 conv.out_channels,
-                conv.kernel_size,
-                conv.stride,
+                conv.kernel_size,  # type: ignore[arg-type]
+                conv.stride,  # type: ignore[arg-type]
                 conv.padding,  # type: ignore[arg-type]
-                conv.dilation,
+                conv.dilation,  # type: ignore[arg-type]
                 conv.groups,
                 conv.bias is not None,
                 conv.padding_mode,
-            )  # type: ignore[arg-type]
+            )
         op.weight, op.bias = conv.weight, conv.bias
         op.train(conv.training)
         return op
@@ -326,14 +326,14 @@ class QuantConv2d(QuantOp, nn.Conv2d):
             conv = nn.Conv2d(
                 self.in_channels,
                 self.out_channels,
-                self.kernel_size,
-                self.stride,
+                self.kernel_size,  # type: ignore[arg-type]
+                self.stride,  # type: ignore[arg-type]
                 self.padding,  # type: ignore[arg-type]
-                self.dilation,
+                self.dilation,  # type: ignore[arg-type]
                 self.groups,
                 self.bias is not None,
                 self.padding_mode,
-            )  # type: ignore[arg-type]
+            )
         conv.weight, conv.bias = self.weight, self.bias
         conv.train(self.training)
         return conv

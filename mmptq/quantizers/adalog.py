@@ -146,9 +146,9 @@ class AdaLogQuantizer(Quantizer):
             .view(codes.shape)
         )
 
-    def fake_quantize(
+    def fake_quantize(  # type: ignore[override]
         self, x: Tensor, scale: Tensor, q: Tensor, before: Change | None = None
-    ) -> Tensor:  # type: ignore[override]
+    ) -> Tensor:
         values = self._table(scale, q)
 
         def chain(piece: Tensor, out: Tensor) -> None:

@@ -116,9 +116,9 @@ class DeMaxQuantizer(Quantizer):
             -1, side.position, side.maximum
         )
 
-    def fake_quantize(
+    def fake_quantize(  # type: ignore[override]
         self, x: Tensor, length: Tensor, before: Change | None = None
-    ) -> Tensor:  # type: ignore[override]
+    ) -> Tensor:
         def chain(piece: Tensor, out: Tensor) -> None:
             side = self._codes(piece, out)
             out.mul_(side.step).scatter_(-1, side.position, side.maximum)

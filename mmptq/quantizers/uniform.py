@@ -77,11 +77,11 @@ class UniformQuantizer(Quantizer):
     def decode(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:  # type: ignore[override]
         return decode_uniform(codes, scale, zero_point)
 
-    def fake_quantize(
+    def fake_quantize(  # type: ignore[override]
         self,
         x: Tensor,
         scale: Tensor,
-        zero_point: Tensor,  # type: ignore[override]
+        zero_point: Tensor,
         before: Change | None = None,
     ) -> Tensor:
         # A few passes over a piece in the cache; torch's fused kernels, and its clamp
