@@ -379,3 +379,18 @@ def outputs_of(method, block):
     """Calibrates a block by a method or stages; the outputs of the float block."""
     run_stages(block, method)
     return block.targets
+
+
+INTEGRATION = ('apis', 'export', 'test_all_models.py', 'test_configs.py')
+"""Tests of whole models and commands, and those that train or compile."""
+
+SLOW = ('test_brecq.py', 'test_blocks.py', 'test_gpu.py', 'test_lockstep.py')
+
+
+def pytest_collection_modifyitems(items):
+    """Marks tests by where they are: ``make check`` leaves out both kinds."""
+    for item in items:
+        if set(item.path.parts) & set(INTEGRATION):
+            item.add_marker(pytest.mark.integration)
+        if item.path.name in SLOW:
+            item.add_marker(pytest.mark.slow)
