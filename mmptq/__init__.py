@@ -14,7 +14,7 @@ from .errors import QuantizationError
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .apis import quantize
+    from .apis.quantize import quantize
     from .backbones import BackboneSpec, register_spec
     from .runtime import to_integer
     from .wrapping.in_place import quantize_
