@@ -4,12 +4,11 @@
     python benchmarks/calibration_cost.py deit [--images 32] [--repeats 3] [--recipes adalog_w4a4 adalog_w4a4_fast] [--json FILE]
 
 swin: the backbone of a stock Mask R-CNN Swin-T with random weights, noise of 800x1216:
-    only the cost is measured. deit: the real
-DeiT-Tiny with its classifier on ImageNet images of 224x224. One image is a call. The
-unit is a float pass over the images: after each calibrated block some of them pass
-through the float model, and the median of these times, per image, counts for all. Of
-several repeats each block's median counts, so that a machine that stalls once does not
-decide.
+only the cost is measured. deit: the real DeiT-Tiny with its classifier on ImageNet
+images of 224x224. One image is a call. The unit is a float pass over the images: after
+each calibrated block some of them pass through the float model, and the median of these
+times, per image, counts for all. Of several repeats each block's median counts, so that
+a machine that stalls once does not decide.
 """
 
 from __future__ import annotations

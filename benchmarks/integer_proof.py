@@ -6,10 +6,10 @@ of a config (mmptq/runtime/lockstep.py).
 The backbone, calibrated on train images. `moved`: activations whose code is another one
 than the simulation gives to the same inputs;
 `farthest`: how far from the edge between the two codes they lie, in steps; `values`:
-    difference between what a code is worth in both, over
-the tensor's largest value; `error`: relative error of the backbone's maps, the
-simulation with the codes of the integers (the largest of all images, all three);
-`apart`: the same, each with its own codes, the median of the images.
+difference between what a code is worth in both, over the tensor's largest value;
+`error`: relative error of the backbone's maps, the simulation with the codes of the
+integers (the largest of all images, all three); `apart`: the same, each with its own
+codes, the median of the images.
 """
 
 from __future__ import annotations

@@ -65,8 +65,7 @@ def load_packed(path: str | Path, config: str | Config | None = None) -> nn.Modu
     Nothing that is in the file runs. Without a config, the model is built from what the
     file says of
     it: only of classes of mmdet, mmsegmentation, mmpretrain and timm that read no files
-        themselves
-    (:mod:`mmptq.checkpoints.trusted`).
+    themselves (:mod:`mmptq.checkpoints.trusted`).
 
     Args:
         path: The file.

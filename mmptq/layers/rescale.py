@@ -28,8 +28,7 @@ class Rescale(Calibrated):
     after LayerNorm; NormQuant).
 
     Parameters: ``scale`` (r) and ``shift`` (b), (in,). Where the float weight is gone,
-        in a packed model, also ``gain``: its ``W' b``,
-    (out,).
+    in a packed model, also ``gain``: its ``W' b``, (out,).
     """
 
     param_names = ('scale', 'shift')

@@ -119,9 +119,8 @@ class Calibrated(nn.Module):
         """Why a value cannot be that of a parameter, if it is so.
 
         Here: another number of dimensions than :meth:`param_ndim`, another type than
-            float32 or
-        float64, values that are not finite, a scale that is not positive or too small
-        to divide by.
+        float32 or float64, values that are not finite, a scale that is not positive or
+        too small to divide by.
         """
         if value.ndim != self.param_ndim():
             return (
