@@ -50,8 +50,8 @@ class DeMaxQuantizer(Quantizer):
         side: Type of m and D, ``float32`` or ``float16``.
 
     Parameters: ``length`` (float, shape ()), entries of a row in calibration on the
-        average; its being there says that the model is
-    quantized, and the effective bits follow from it.
+    average; its being there says that the model is quantized, and the effective bits
+    follow from it.
 
     Raises:
         ValueError: If ``maxima`` is not a whole number of at least 1, or ``side`` is
