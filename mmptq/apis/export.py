@@ -62,6 +62,8 @@ def export(
             f'{error.name} is not installed, which an export to ONNX needs: pip install'
             ' mmptq[onnx]'
         ) from None
+    # First: what a config imports may register quantizers and methods of the user's.
+    cfg = load_config(config, cfg_options)
     loaded = read_checkpoint(checkpoint)
     made = how_made(loaded, checkpoint)
     if made is None:
@@ -69,7 +71,6 @@ def export(
             f'{checkpoint} is not quantized: there is nothing to export (mmptq quantize'
             ' makes quantized.pth)'
         )
-    cfg = load_config(config, cfg_options)
     model: Any = build_quantized(
         float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint
     )

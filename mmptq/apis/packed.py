@@ -44,6 +44,8 @@ def pack(
             cannot be packed.
     """
     path = Path(out or Path(checkpoint).with_suffix(SUFFIX))
+    # First: what a config imports may register quantizers and methods of the user's.
+    cfg = load_config(config, cfg_options)
     loaded = load_file(checkpoint)
     made = how_made(loaded, checkpoint)
     if made is None:
@@ -51,7 +53,6 @@ def pack(
             f'{checkpoint} is not quantized: there is nothing to pack (mmptq quantize'
             ' --pack does both)'
         )
-    cfg = load_config(config, cfg_options)
     model = build_quantized(
         float_model(cfg), cfg.get('default_scope', 'mmengine'), made, loaded, checkpoint
     )
@@ -63,9 +64,7 @@ def load_packed(path: str | Path, config: str | Config | None = None) -> nn.Modu
     """The quantized model of a packed checkpoint, in evaluation mode.
 
     Nothing that is in the file runs. Without a config, the model is built from what the
-    file says of
-    it: only of classes of mmdet, mmsegmentation, mmpretrain and timm that read no files
-    themselves (:mod:`mmptq.checkpoints.trusted`).
+    file says of it: only of classes on a list (:mod:`mmptq.checkpoints.trusted`).
 
     Args:
         path: The file.
@@ -77,14 +76,14 @@ def load_packed(path: str | Path, config: str | Config | None = None) -> nn.Modu
             its model cannot be built.
     """
     source = str(path)
+    cfg = None if config is None else load_config(config)
     loaded = read_packed(path)
     made = how_made(loaded, source)
     if made is None:
         raise QuantizationError(f'{source} does not say how it was quantized')
-    if config is None:
+    if cfg is None:
         built = _build_from_file(loaded, made, source)
     else:
-        cfg = load_config(config)
         scope = cfg.get('default_scope') or 'mmengine'
         built = build_quantized(float_model(cfg), scope, made, loaded, source)
     built.dataset_meta = dataset_meta(loaded) or None  # type: ignore[assignment]  # as init_detector and init_model have it

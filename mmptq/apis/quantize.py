@@ -58,6 +58,8 @@ def quantize(
 
 def run(config: str | Config, checkpoint: str, options: Options) -> dict[str, Any]:
     """Does what :func:`quantize` says, with options that were checked."""
+    # First: what a config imports may register quantizers and methods of the user's.
+    user_cfg = load_config(config, options.cfg_options)
     loaded = read_checkpoint(checkpoint)
     made = how_made(loaded, checkpoint)
     asked = options.asked_recipe() or (made.recipe if made else 'adalog_w4a4')
@@ -67,7 +69,7 @@ def run(config: str | Config, checkpoint: str, options: Options) -> dict[str, An
     recipe = mixed_recipe(recipe, options.keep_float, options.layer_bits)
     scope = options.scope or (made.scope if made else 'backbone')
 
-    cfg = run_config(load_config(config, options.cfg_options), options, recipe['name'])
+    cfg = run_config(user_cfg, options, recipe['name'])
     work_dir = Path(cfg.work_dir)
     check_writable(work_dir)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
