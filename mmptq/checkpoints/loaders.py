@@ -17,6 +17,7 @@ from typing import Any
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import load_from_http
 
+from ..analysis.summary import About
 from .about import dataset_meta, how_made
 from .packed import read_checkpoint
 from .plain import plain_parts
@@ -50,25 +51,32 @@ def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     return {
         **without_unread(others),
         'state_dict': state,
-        'meta': _meta(checkpoint),
+        'meta': _meta(checkpoint, made),
     }
 
 
-def _meta(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def _meta(checkpoint: dict[str, Any], made: About | None) -> dict[str, Any]:
     """What a checkpoint says beside its weights, plain; without its config, which
     mmengine would run.
 
     ``init_detector`` and ``init_model`` use what is under ``CLASSES`` as it is.
     """
-    meta = plain_parts(checkpoint.get('meta'), 'meta')
-    meta.pop('config', None)
+    given = checkpoint.get('meta')
+    known = ('config', 'dataset_meta', 'mmptq')
+    others = given.items() if type(given) is dict else ()
+    meta = plain_parts(
+        {key: value for key, value in others if key not in known}, 'meta'
+    )
     names = meta.get('CLASSES', [])
     if not isinstance(names, list | tuple) or not all(
         isinstance(name, str) for name in names
     ):
         meta.pop('CLASSES')
-    if 'dataset_meta' in meta:
-        meta['dataset_meta'] = dataset_meta(checkpoint)
+    classes = dataset_meta(checkpoint)
+    if classes:
+        meta['dataset_meta'] = classes
+    if made:
+        meta['mmptq'] = made.to_dict()
     return meta
 
 
