@@ -235,6 +235,7 @@ BYTES = {
     'exec': lambda _, c: saved(
         {**c, 'extra': Calls(exec, f'import os; os.system("{COMMAND}")')}
     ),
+    'an array of calls': lambda _, c: saved({**c, 'extra': _calls()}),
     'torch.load': lambda _, c: saved({**c, 'extra': Calls(torch.load, 'other.pth')}),
     'a file of old torch with a call': lambda _, c: _legacy(Calls(os.system, COMMAND)),
     'a file of the oldest torch': lambda _, c: _tar(Calls(os.system, COMMAND)),
@@ -414,9 +415,9 @@ HARMLESS = {
     'what a method of a history knows': lambda _, c: saved(
         {**c, 'extra': Calls(getattr, _history('mean'), '__globals__')}
     ),
-    'an array of objects': lambda _, c: saved({**c, 'extra': _objects()}),
-    'classes that are calls of numpy': lambda _, c: saved(
-        {**c, 'meta': {**c['meta'], 'dataset_meta': {'classes': _objects()}}}
+    'an array of numpy': lambda _, c: saved({**c, 'extra': _array()}),
+    'classes that are an array': lambda _, c: saved(
+        {**c, 'meta': {**c['meta'], 'dataset_meta': {'classes': _array()}}}
     ),
     'a program as config': lambda _, c: saved(
         {
@@ -512,14 +513,16 @@ MODELS = {
 }
 
 
-def _objects():
+def _calls():
     import numpy as np
 
-    return (
-        np.array([Calls(os.system, COMMAND)], dtype=object)
-        if False
-        else np.array([1.5, 2.5])
-    )
+    return np.array([Calls(os.system, COMMAND)], dtype=object)
+
+
+def _array():
+    import numpy as np
+
+    return np.array([1.5, 2.5])
 
 
 def _config_dict():
